@@ -1,0 +1,90 @@
+# Everything lives in .venv; a stamp in it marks each step that is done. A stamp carries the time its
+# step began and appears only when the step has ended, so an interrupted or failed one is done again.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -qq
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # one pip at a time in one environment
+
+# Peers and tools whose tests may be skipped elsewhere, but not where `make test` has installed them.
+TEST_REQUIRE := hypothesis,matplotlib,ml_dtypes,mpmath,onnx,pandas,polars,scipy,sklearn,sympy,threadpoolctl,torch,typer
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f \
+	-not -path '*/__pycache__/*' -not -name '*.md')
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo "PYTHON=python3.12 make ... chooses the Python of .venv; CXX=clang++ the compiler."
+
+.PHONY: train
+train: $(VENV)/.stamp-package ## fit a softmax layer to the digits and write a report (ARGS="fashion-mnist --force")
+	@$(RUN) -m crossent train $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.stamp-package $(VENV)/.stamp-test ## the test suite (ARGS="-k gradient")
+	@CROSSENT_TEST_REQUIRE=$(TEST_REQUIRE) $(RUN) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.stamp-package $(VENV)/.stamp-lint ## ruff, mypy and clang-format
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard native/*.cpp native/*.h)
+
+.PHONY: clean
+clean: ## remove what make has made: .venv, the build and caches (trained models stay)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment is made anew where its Python no longer runs or is not the one PYTHON asks for.
+IDENTITY := -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null
+HAVE := $(shell $(RUN) $(IDENTITY))
+WANT := $(if $(PYTHON),$(shell $(PYTHON) $(IDENTITY)),$(HAVE))
+ifneq ($(HAVE),$(or $(WANT),none))
+$(VENV)/.stamp-venv: FORCE
+endif
+.PHONY: FORCE
+FORCE:
+
+begin = @mkdir -p $(@D) && touch $@.begun && echo "crossent: $(1)"
+end = @mv $@.begun $@
+
+$(VENV)/.stamp-venv:
+	@python=$$(PYTHON="$(PYTHON)" sh tools/preflight.sh) \
+	&& echo "crossent: making $(VENV) with $$($$python --version) ($$python)" \
+	&& $$python -m venv $(if $(filter FORCE,$^),--clear) $(VENV)
+	@rm -rf build
+	$(call begin,a recent pip)
+	@$(INSTALL) 'pip>=25.1'
+	$(end)
+
+$(VENV)/.stamp-build-tools: pyproject.toml $(VENV)/.stamp-venv
+	$(call begin,build tools)
+	@$(RUN) tools/build_requires.py >$@.txt && $(INSTALL) -r $@.txt
+	@$(RUN) tools/build_requires.py >$@.txt && $(INSTALL) -r $@.txt
+	$(end)
+
+# Compared, not dated: a file that was removed or moved is a change as well.
+$(VENV)/.sources: FORCE | $(VENV)/.stamp-venv
+	@echo '$(sort $(SOURCES))' | cmp -s - $@ || echo '$(sort $(SOURCES))' >$@
+
+$(VENV)/.stamp-package: $(SOURCES) $(VENV)/.sources $(VENV)/.stamp-build-tools
+	$(call begin,building and installing the package (the first time takes a few minutes))
+	@$(INSTALL) --no-build-isolation --editable '.[cli]'
+	$(end)
+
+$(VENV)/.stamp-test: pyproject.toml $(VENV)/.stamp-venv | $(VENV)/.stamp-package
+	$(call begin,what the tests need (PyTorch among it; this takes a while))
+	@$(INSTALL) --group test
+	$(end)
+
+$(VENV)/.stamp-lint: pyproject.toml $(VENV)/.stamp-venv
+	$(call begin,what the linters need)
+	@$(INSTALL) --group lint
+	$(end)
