@@ -1,0 +1,147 @@
+"""Checks a classifier's parameters and turns labels and weights into what the loss takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import check_array, compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+
+Vector = NDArray[np.float64]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, (bool, np.bool_))
+
+
+def _is_number(value: object, kind: type[Real] | type[Integral] = Real) -> bool:
+    return isinstance(value, kind) and not _is_bool(value)
+
+
+PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "C": (lambda v: _is_number(v) and v > 0, "a number in (0, inf], inf for no penalty"),
+    "fit_intercept": (_is_bool, "True or False"),
+    "class_weight": (
+        lambda v: v is None or isinstance(v, dict) or (isinstance(v, str) and v == "balanced"),
+        "a dict of weights by class label, 'balanced' or None",
+    ),
+    "tol": (lambda v: _is_number(v) and v >= 0, "a number in [0, inf]"),
+    "max_iter": (lambda v: _is_number(v, Integral) and v >= 0, "an integer of at least 0"),
+    "solver": (
+        lambda v: isinstance(v, str) and v in ("lbfgs", "newton-cg"),
+        "'lbfgs' or 'newton-cg'",
+    ),
+    "warm_start": (_is_bool, "True or False"),
+    "callback": (lambda v: v is None or callable(v), "a callable or None"),
+}
+
+
+def check_parameters(estimator: Any) -> None:
+    """Raise ValueError for the first parameter that is not usable.
+
+    ``label_smoothing`` is not among them: the loss checks its own options.
+    """
+    for name, (is_valid, expected) in PARAMETERS.items():
+        value = getattr(estimator, name)
+        if not is_valid(value):
+            raise ValueError(
+                f"The {name!r} parameter of {type(estimator).__name__} must be {expected}. "
+                f"Got {value!r} instead."
+            )
+
+
+def is_distribution(y: Any) -> bool:
+    """Whether ``y`` holds floating rows of at least two columns."""
+    y = y if hasattr(y, "dtype") else np.asarray(y)
+    return y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind == "f" if hasattr(y, "ndim") else False
+
+
+def label_target(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """Return the sorted classes (V,) and the class index of each row (N,)."""
+    check_classification_targets(y)
+    classes, index = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            "SoftmaxClassifier needs samples of at least 2 classes in y, but it contains only one "
+            f"class: {classes[0]!r}"
+        )
+    return classes, index
+
+
+def distribution_target(y: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.floating[Any]]]:
+    """Return the classes 0 to V - 1 and the distributions (N, V), checked."""
+    total = y.sum(axis=1, dtype=np.float64)
+    # A rounded row of V probabilities sums to 1 within V/2 epsilons of its dtype; 16 times that
+    # leaves room for rows that were normalised in the same dtype.
+    slack = 8 * y.shape[1] * np.finfo(y.dtype).eps
+    bad = np.flatnonzero((y < 0).any(axis=1) | (np.abs(total - 1) > slack))
+    if bad.size:
+        row = bad[0]
+        raise ValueError(
+            f"each row of a floating y of shape (N, V) must be a distribution: not negative, with "
+            f"sum 1; y[{row}] has minimum {y[row].min():g} and sum {total[row]:g}. Divide each row "
+            "by its sum, or pass class labels of shape (N,)"
+        )
+    return np.arange(y.shape[1]), y
+
+
+def row_weights(
+    sample_weight: Any,
+    target: NDArray[Any],
+    classes: NDArray[Any],
+    class_weight: dict[Any, float] | str | None,
+) -> Vector | None:
+    """Return the row weights (N,) with class weights multiplied in, or None for ones."""
+    if class_weight is not None and target.ndim == 2:
+        raise ValueError(
+            "class_weight needs class labels, but y holds distributions of shape "
+            f"{target.shape}; weight its rows by sample_weight"
+        )
+    if sample_weight is None and class_weight is None:
+        return None
+    weight = _checked_weight(sample_weight, len(target))
+    if class_weight is not None:
+        weight = weight * _class_weights(class_weight, classes, target, weight)[target]
+    if (weight < 0).any():
+        raise ValueError(
+            "sample_weight and class_weight must not be negative: the smallest row weight is "
+            f"{weight.min():g}"
+        )
+    if not weight.any():
+        raise ValueError(
+            "Sample weights must contain at least one non-zero number, but all row weights are "
+            "zero after class_weight"
+        )
+    return weight
+
+
+def _checked_weight(sample_weight: Any, n_rows: int) -> Vector:
+    if sample_weight is None or _is_number(sample_weight):
+        sample_weight = np.full(n_rows, 1.0 if sample_weight is None else sample_weight)
+    weight: Vector = check_array(
+        sample_weight, dtype=np.float64, ensure_2d=False, input_name="sample_weight"
+    )
+    if weight.shape != (n_rows,):
+        raise ValueError(
+            f"sample_weight has shape {weight.shape}, expected ({n_rows},): one weight for each "
+            "row of X"
+        )
+    return weight
+
+
+def _class_weights(
+    class_weight: dict[Any, float] | str, classes: NDArray[Any], index: NDArray[Any], rows: Vector
+) -> Vector:
+    """Return the weight of each class (V,)."""
+    if isinstance(class_weight, dict):
+        weights: Vector = compute_class_weight(class_weight, classes=classes, y=classes[index])
+        return weights
+    # compute_class_weight("balanced") counts sample weights only from scikit-learn 1.7 on
+    totals = np.bincount(index, weights=rows, minlength=len(classes))
+    return np.divide(
+        totals.sum(), len(classes) * totals, out=np.zeros_like(totals), where=totals > 0
+    )
