@@ -75,7 +75,7 @@ $(VENV)/.sources: FORCE | $(VENV)/.stamp-venv
 	@echo '$(sort $(SOURCES))' | cmp -s - $@ || echo '$(sort $(SOURCES))' >$@
 
 $(VENV)/.stamp-package: $(SOURCES) $(VENV)/.sources $(VENV)/.stamp-build-tools
-	$(call begin,building and installing the package (the first time takes a few minutes))
+	$(call begin,building and installing the package (a minute or two at first))
 	@$(INSTALL) --no-build-isolation --editable '.[cli]'
 	$(end)
 

@@ -24,9 +24,13 @@ for candidate in "$@"; do
 done
 
 if [ -z "$python" ]; then
-    found=$("$1" --version 2>/dev/null) || found=none
-    missing "Python 3.11 or newer is needed, but $1 is ${found:-none}" \
-        'python3.11 python3.11-venv python3.11-dev' 'python3.12 python3.12-devel'
+    if found=$("$1" --version 2>&1); then
+        missing "Python 3.11 or newer is needed, but $1 is $found" \
+            'python3.11 python3.11-venv python3.11-dev' 'python3.12 python3.12-devel'
+    else
+        missing "Python 3.11 or newer is needed, but there is no $1" \
+            'python3 python3-venv python3-dev' 'python3 python3-devel'
+    fi
 else
     package=$(basename "$python")
     if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
