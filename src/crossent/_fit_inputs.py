@@ -30,7 +30,7 @@ PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a dict of weights by class label, 'balanced' or None",
     ),
     "tol": (lambda v: _is_number(v) and v >= 0, "a number in [0, inf]"),
-    "max_iter": (lambda v: _is_number(v, Integral) and v >= 0, "an integer of at least 0"),
+    "max_iter": (lambda v: _is_number(v, Integral) and v >= 1, "an integer of at least 1"),
     "solver": (
         lambda v: isinstance(v, str) and v in ("lbfgs", "newton-cg"),
         "'lbfgs' or 'newton-cg'",
@@ -56,8 +56,8 @@ def check_parameters(estimator: Any) -> None:
 
 def is_distribution(y: Any) -> bool:
     """Whether ``y`` holds floating rows of at least two columns."""
-    y = y if hasattr(y, "dtype") else np.asarray(y)
-    return y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind == "f" if hasattr(y, "ndim") else False
+    rows: NDArray[Any] = np.asarray(y)
+    return rows.ndim == 2 and rows.shape[1] > 1 and rows.dtype.kind == "f"
 
 
 def label_target(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -72,8 +72,10 @@ def label_target(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     return classes, index
 
 
-def distribution_target(y: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.floating[Any]]]:
-    """Return the classes 0 to V - 1 and the distributions (N, V), checked."""
+def distribution_target(
+    y: NDArray[Any], dtype: np.dtype[Any]
+) -> tuple[NDArray[np.intp], NDArray[np.floating[Any]]]:
+    """Return the classes 0 to V - 1 and the distributions (N, V), checked, in a dtype."""
     total = y.sum(axis=1, dtype=np.float64)
     # A rounded row of V probabilities sums to 1 within V/2 epsilons of its dtype; 16 times that
     # leaves room for rows that were normalised in the same dtype.
@@ -86,7 +88,7 @@ def distribution_target(y: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.f
             f"sum 1; y[{row}] has minimum {y[row].min():g} and sum {total[row]:g}. Divide each row "
             "by its sum, or pass class labels of shape (N,)"
         )
-    return np.arange(y.shape[1]), y
+    return np.arange(y.shape[1]), y.astype(dtype)
 
 
 def row_weights(
@@ -141,7 +143,6 @@ def _class_weights(
         weights: Vector = compute_class_weight(class_weight, classes=classes, y=classes[index])
         return weights
     # compute_class_weight("balanced") counts sample weights only from scikit-learn 1.7 on
-    totals = np.bincount(index, weights=rows, minlength=len(classes))
-    return np.divide(
-        totals.sum(), len(classes) * totals, out=np.zeros_like(totals), where=totals > 0
-    )
+    totals = np.bincount(index, weights=rows, minlength=len(classes)).astype(np.float64)
+    share = totals.sum() / len(classes)
+    return np.divide(share, totals, out=np.zeros_like(totals), where=totals > 0)

@@ -138,7 +138,8 @@ def minimize_objective(
     Warns
     -----
     sklearn.exceptions.ConvergenceWarning
-        If the iterations ran out or no step decreases the objective any more.
+        If the fit ended with a larger gradient entry: the iterations ran out, or rounding hides
+        any further decrease.
 
     Raises
     ------
@@ -158,7 +159,7 @@ def minimize_objective(
             callback=monitor,
             **_solver_arguments(objective, solver, max_iter),
         )
-    if not (monitor.stopped or result.success):
+    if not monitor.stopped:
         _warn_not_converged(monitor.history[-1], solver, tol, max_iter)
     return Minimum(result.x, monitor.history)
 
@@ -168,8 +169,8 @@ def _warn_not_converged(last: FitRecord, solver: str, tol: float, max_iter: int)
         cause = f"reached max_iter={max_iter}"
         advice = "scale the features (StandardScaler), raise max_iter, or loosen tol"
     else:
-        cause = f"found no step that decreases the objective after iteration {last.iteration}"
-        advice = "loosen tol, scale the features (StandardScaler), or pass X as float64"
+        cause = f"found no further decrease of the objective at iteration {last.iteration}"
+        advice = "loosen tol, scale the features (StandardScaler), or pass float32 X as float64"
     warnings.warn(
         f"SoftmaxClassifier: solver {solver!r} {cause}, with objective {last.objective:.6g} and "
         f"largest gradient entry {last.gradient_norm:.3g}, above tol={tol:g}; {advice}.",

@@ -15,8 +15,7 @@ try:
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as error:
     raise ImportError(
-        f"crossent.sklearn needs scikit-learn and SciPy, but there is no module {error.name!r}; "
-        "pip install crossent[sklearn]"
+        f"crossent.sklearn needs scikit-learn ({error}); pip install crossent[sklearn]"
     ) from error
 
 from crossent import log_softmax, softmax
@@ -78,9 +77,9 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
     label_smoothing : float, default=0.0
         Share ε in [0, 1] of each target that is spread evenly over all classes.
     tol : float, default=1e-4
-        The fit has converged when no entry of the objective's gradient exceeds ``tol``.
+        The fit has converged when no entry of the objective's gradient exceeds ``tol`` in size.
     max_iter : int, default=100
-        Most iterations of the solver.
+        Most iterations of the solver, at least 1.
     solver : {"lbfgs", "newton-cg"}, default="lbfgs"
         SciPy's L-BFGS-B, or its trust-region Newton method with conjugate gradients, which needs
         fewer, dearer iterations and reaches smaller gradients.
@@ -193,7 +192,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
             X, y = validate_data(
                 self, X, y, accept_sparse="csr", dtype=FLOATS, order="C", multi_output=soft
             )
-            classes, target = distribution_target(y) if soft else label_target(y)
+            classes, target = distribution_target(y, X.dtype) if soft else label_target(y)
             weight = row_weights(sample_weight, target, classes, self.class_weight)
             objective = MultinomialObjective(
                 X,
@@ -314,10 +313,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
 
 @contextmanager
 def _unchanged_on_error(estimator: SoftmaxClassifier) -> Iterator[None]:
-    before = vars(estimator).copy()
+    before = estimator.__dict__.copy()
     try:
         yield
     except BaseException:  # KeyboardInterrupt included
-        vars(estimator).clear()
-        vars(estimator).update(before)
+        estimator.__dict__.clear()
+        estimator.__dict__.update(before)
         raise
