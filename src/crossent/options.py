@@ -1,0 +1,270 @@
+"""The options: names, defaults, ranges, and the text of every error about an argument.
+
+Design:
+  a. A front end builds one ``Options`` from its keyword arguments; nobody else invents a default.
+  b. ``where`` is the public function's name. It opens every message, so that the same bad input
+     reads the same in every front end.
+  c. A check returns the cleaned value or raises; the meaning of an option lives in ``rows.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options of `cross_entropy`, as the caller gave them (arrays unconverted)."""
+
+    weight: Any = None
+    sample_weight: Any = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    reduction: Reduction = "mean"
+    divisor: float | None = None
+    target_prob: Any = None
+
+    def checked(self, where: str, compute_dtype: np.dtype[Any]) -> Options:
+        """Return a copy whose scalar options are Python numbers rounded to the compute dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an option has the wrong type, is out of range or NaN.
+        """
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(
+                f"{where}: reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}"
+            )
+        if self.divisor is not None and self.reduction != "mean":
+            raise ValueError(
+                f"{where}: divisor replaces the divisor of reduction='mean', but reduction is "
+                f"{self.reduction!r}; leave divisor=None or use reduction='mean'"
+            )
+        number = _Number(where, compute_dtype)
+        return Options(
+            weight=self.weight,
+            sample_weight=self.sample_weight,
+            ignore_index=_integer(where, "ignore_index", self.ignore_index),
+            label_smoothing=number("label_smoothing", self.label_smoothing, "in [0, 1]"),
+            z_loss=number("z_loss", self.z_loss, "finite and at least 0"),
+            logit_scale=number("logit_scale", self.logit_scale, "finite and above 0"),
+            softcap=None
+            if self.softcap is None
+            else number("softcap", self.softcap, "finite and above 0"),
+            reduction=self.reduction,
+            divisor=None if self.divisor is None else number("divisor", self.divisor, "finite"),
+            target_prob=self.target_prob,
+        )
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+_RANGES = {
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "finite and at least 0": lambda x: 0 <= x < math.inf,
+    "finite and above 0": lambda x: 0 < x < math.inf,
+    "finite": math.isfinite,
+}
+
+
+class _Number:
+    def __init__(self, where: str, compute_dtype: np.dtype[Any]) -> None:
+        self.where, self.dtype = where, compute_dtype
+
+    def __call__(self, name: str, value: object, expected: str) -> float:
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value[()]
+        if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"{self.where}: {name} must be a real number {expected}, got {_describe(value)}"
+            )
+        # The divisor is a count, kept exact: 2**24 + 1 tokens must not become 2**24.
+        dtype = np.dtype(np.float64) if name == "divisor" else self.dtype
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = float(dtype.type(value))
+        if not _RANGES[expected](float(value)) or not _RANGES[expected](rounded):
+            in_dtype = "" if rounded == float(value) else f" ({rounded} in {dtype.name})"
+            raise ValueError(
+                f"{self.where}: {name} must be {expected}, got {float(value)}{in_dtype}"
+            )
+        return rounded
+
+
+def _integer(where: str, name: str, value: object) -> int:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be an integer, got {_describe(value)}")
+    return int(value)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+# Logits -------------------------------------------------------------------------------------
+
+
+def bad_input_dtype(where: str, name: str, dtype: object) -> TypeError:
+    """Logits (or a vector like them) whose dtype no kernel computes."""
+    return TypeError(
+        f"{where}: {name} must be float64, float32, float16, bfloat16 or integers, got {dtype}; "
+        f"convert it first, for example with {name}.astype('float64')"
+    )
+
+
+def bad_input_ndim(where: str) -> ValueError:
+    """Logits without any axis."""
+    return ValueError(
+        f"{where}: input must have a class axis (at least one dimension), got a 0-d array; "
+        "pass the logits of one row as a 1-d array"
+    )
+
+
+def no_classes(where: str, shape: tuple[int, ...], axis: int) -> ValueError:
+    """Logits of zero classes."""
+    return ValueError(
+        f"{where}: input has shape {shape} and so no class along axis {axis}; "
+        "softmax needs at least one"
+    )
+
+
+def bad_axis(where: str, axis: object, ndim: int) -> ValueError | TypeError:
+    """A class axis that the logits do not have."""
+    if isinstance(axis, int | np.integer) and not isinstance(axis, bool):
+        return ValueError(
+            f"{where}: axis {axis} does not exist in an input of {ndim} dimensions; "
+            f"expected {-ndim} to {ndim - 1}"
+        )
+    return TypeError(f"{where}: axis must be an integer, got {_describe(axis)}")
+
+
+# Targets ------------------------------------------------------------------------------------
+
+
+def bad_target_dtype(where: str, dtype: object) -> TypeError:
+    """A target that is neither class indices nor a distribution."""
+    return TypeError(
+        f"{where}: target must hold class indices (an integer dtype) or probabilities (a floating "
+        f"dtype), got {dtype}; convert it with target.astype('int64') or target.astype('float32')"
+    )
+
+
+def bad_target_shape(
+    where: str, got: tuple[int, ...], dtype: object, rows: tuple[int, ...], full: tuple[int, ...]
+) -> ValueError:
+    """A target of no shape that fits the logits."""
+    if np.issubdtype(np.dtype(str(dtype)) if dtype != "bfloat16" else np.float32, np.integer):
+        want = f"class indices for an input of shape {full} must have shape {rows}"
+        other = ""
+    else:
+        want = f"probabilities for an input of shape {full} must have the same shape"
+        other = (
+            "; if they are class indices, convert them with target.astype('int64')"
+            if got == rows
+            else ""
+        )
+    return ValueError(f"{where}: {want}, got a target of shape {got} and dtype {dtype}{other}")
+
+
+def target_out_of_range(
+    where: str, position: tuple[int, ...], value: int, n_classes: int
+) -> IndexError:
+    """A class index outside 0 … V − 1 that is not `ignore_index`."""
+    place = f"[{', '.join(map(str, position))}]" if position else ""
+    classes = (
+        "is 1 class (0)" if n_classes == 1 else f"are {n_classes} classes (0 to {n_classes - 1})"
+    )
+    return IndexError(
+        f"{where}: target{place} is {value}, but there {classes}; "
+        f"use ignore_index={value} to skip such rows"
+    )
+
+
+def bad_target_prob(where: str, reason: str) -> ValueError | TypeError:
+    """`target_prob` that does not go with its target."""
+    return ValueError(
+        f"{where}: target_prob gives the probabilities of the class ids in target, so both must "
+        f"have one shape (K ids a row on the class axis, integers and floats); {reason}"
+    )
+
+
+# Arrays beside the logits -------------------------------------------------------------------
+
+
+def bad_array(where: str, name: str, expected: str, value: object) -> TypeError:
+    """An array option that is no array of real numbers."""
+    return TypeError(f"{where}: {name} must be {expected}, got {_describe(value)}")
+
+
+def bad_shape(
+    where: str, name: str, expected: str, got: tuple[int, ...], hint: str = ""
+) -> ValueError:
+    """An array option of the wrong shape."""
+    return ValueError(f"{where}: {name} must have shape {expected}, got {got}{hint}")
+
+
+def not_finite(
+    where: str, name: str, position: tuple[int, ...], value: float, dtype: str
+) -> ValueError:
+    """A NaN or an infinity where every value must be finite."""
+    place = f"[{', '.join(map(str, position))}]" if position else ""
+    return ValueError(
+        f"{where}: {name} must be finite in {dtype}, but {name}{place} is {value}; "
+        "use 0 to drop a row or a class"
+    )
+
+
+def bad_out(where: str, expected: str, got: str, hint: str) -> TypeError | ValueError:
+    """`out=` that cannot take the result."""
+    return ValueError(f"{where}: out must be {expected}, got {got}; {hint}")
+
+
+def bad_grad_output(
+    where: str, reduction: str, rows: tuple[int, ...], got: tuple[int, ...]
+) -> ValueError:
+    """An upstream gradient that does not have the loss's shape."""
+    shape = f"the rows' shape {rows}" if reduction == "none" else "no dimensions"
+    return ValueError(
+        f"{where}: grad_output must have {shape} with reduction={reduction!r} (the shape of the "
+        f"loss), got {got}"
+    )
+
+
+def bad_out_type(where: str, out: object) -> TypeError:
+    """`out=` that is no array."""
+    return TypeError(f"{where}: out must be a NumPy array, got {_describe(out)}")
+
+
+def bad_target_dtype_for_stats(where: str, dtype: object) -> TypeError:
+    """A distribution where class indices are wanted."""
+    return TypeError(
+        f"{where}: target must hold class indices (an integer dtype), got {dtype}; "
+        "convert it with target.astype('int64')"
+    )
+
+
+def bad_threads(where: str, value: object) -> ValueError | TypeError:
+    """A number of threads below 1 or of no integer type."""
+    text = (
+        f"{where}: the number of threads must be an integer of at least 1, got {_describe(value)}"
+    )
+    return ValueError(text) if isinstance(value, int) else TypeError(text)
+
+
+def bad_environment(name: str, value: str, expected: str) -> str:
+    """Text of the warning about an environment variable that is passed over."""
+    return f"crossent: {name}={value!r} is passed over: expected {expected}"

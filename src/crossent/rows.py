@@ -1,0 +1,314 @@
+"""Options and a target, lowered once to a `RowPlan`: what a kernel needs to know of a row.
+
+Notation: N rows, V classes, K ids a row of a sparse distribution. A front end sees its logits as
+``(outer, V, inner)`` around the class axis; row ``i = o·inner + k`` runs over the other axes in C order.
+
+Design:
+  a. All three kinds of target become ``q_ij = w_j·(on·â_ij + off)`` with ``on = 1 − ε`` and
+     ``off = ε/V``: for an index target â is one-hot, for a sparse one it is scattered from K ids.
+  b. ``r_i = s_i / divisor``; a row is dropped where its target is ``skip`` or its ``s_i`` is 0.
+     The divisor, smoothing and ignoring live in this file and nowhere else.
+  c. Nothing of size N·V is made here: a distribution target is passed on as it lies in memory.
+
+The formulas are those of the design page, section 3 (`docs/maths.md`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossent import options as errors
+from crossent.options import Options, Reduction
+
+Kind = Literal["index", "distribution", "sparse"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowPlan:
+    """What every row of a loss means, in compute-dtype numbers; kernels see nothing else.
+
+    Attributes
+    ----------
+    kind
+        How `target` describes â.
+    rows_shape
+        Shape of one number a row (the logits' shape without the class axis); N is its product.
+    n_classes
+        V.
+    axis
+        Position of the class axis in the logits (0 … ndim − 1).
+    target
+        "index": int64 ``(N,)``. "distribution": floating, the logits' own shape.
+        "sparse": int64 ``(N, K)``, −1 where padding.
+    target_prob
+        "sparse": float64 ``(N, K)``, 0 where padding; else None.
+    skip
+        The index target that drops a row.
+    class_weight
+        w, float64 ``(V,)``, or None for all 1.
+    on, off
+        ``1 − ε`` and ``ε/V``.
+    row_weight
+        s, float64 ``(N,)`` with 0 for dropped rows, or None for all 1.
+    divisor
+        What `reduction` divides by: r_i = s_i / divisor; NaN where kept rows meet a divisor of 0.
+    z_loss, logit_scale, softcap
+        c, τ and κ (``softcap`` 0: none).
+    reduction
+        How the rows' losses are put together; "mean" and "sum" both add them up.
+    """
+
+    kind: Kind
+    rows_shape: tuple[int, ...]
+    n_classes: int
+    axis: int
+    target: NDArray[Any]
+    target_prob: NDArray[np.float64] | None
+    skip: int
+    class_weight: NDArray[np.float64] | None
+    on: float
+    off: float
+    row_weight: NDArray[np.float64] | None
+    divisor: float
+    z_loss: float
+    logit_scale: float
+    softcap: float
+    reduction: Reduction
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return math.prod(self.rows_shape)
+
+
+def lower(
+    where: str,
+    shape: tuple[int, ...],
+    axis: int,
+    compute_dtype: np.dtype[Any],
+    target: object,
+    options: Options,
+) -> RowPlan:
+    """Lower `options` and `target` for logits of `shape` to a plan.
+
+    Parameters
+    ----------
+    where
+        The public function's name, for messages.
+    shape, axis
+        Shape of the logits and the (non-negative) position of their class axis.
+    compute_dtype
+        float32 or float64: what options, weights and targets are rounded to.
+    target
+        Class indices, a distribution, or (with ``options.target_prob``) class ids.
+    options
+        As the caller gave them.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        For anything that does not fit; the texts are in `crossent.options`.
+    """
+    options = options.checked(where, compute_dtype)
+    rows_shape = shape[:axis] + shape[axis + 1 :]
+    n_classes = shape[axis]
+    class_weight = _class_weight(where, options.weight, n_classes, compute_dtype)
+    row_weight = _row_weight(where, options.sample_weight, rows_shape, compute_dtype)
+
+    target_prob = None
+    if options.target_prob is not None:
+        kind: Kind = "sparse"
+        ids, target_prob = _sparse_target(where, target, options, shape, axis, compute_dtype)
+        kept = (ids >= 0).any(axis=1)
+        lowered: NDArray[Any] = ids
+        # A row of padding alone is dropped, like a row of weight 0.
+        if not kept.all():
+            row_weight = kept * (1.0 if row_weight is None else row_weight)
+    else:
+        lowered = _as_target(where, target, rows_shape)
+        if lowered.dtype.kind == "i":
+            kind = "index"
+            if lowered.shape != rows_shape:
+                raise errors.bad_target_shape(
+                    where, lowered.shape, lowered.dtype, rows_shape, shape
+                )
+            lowered = np.ascontiguousarray(lowered).reshape(-1)
+            _check_range(where, lowered, options.ignore_index, n_classes, rows_shape)
+        else:
+            kind = "distribution"
+            if lowered.shape != shape:
+                raise errors.bad_target_shape(
+                    where, lowered.shape, lowered.dtype, rows_shape, shape
+                )
+
+    return RowPlan(
+        kind=kind,
+        rows_shape=rows_shape,
+        n_classes=n_classes,
+        axis=axis,
+        target=lowered,
+        target_prob=target_prob,
+        skip=options.ignore_index,
+        class_weight=class_weight,
+        on=1.0 - options.label_smoothing,
+        off=options.label_smoothing / n_classes,
+        row_weight=row_weight,
+        divisor=_divisor(kind, lowered, row_weight, class_weight, math.prod(rows_shape), options),
+        z_loss=options.z_loss,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap or 0.0,
+        reduction=options.reduction,
+    )
+
+
+def _divisor(
+    kind: Kind,
+    target: NDArray[Any],
+    row_weight: NDArray[np.float64] | None,
+    class_weight: NDArray[np.float64] | None,
+    n_rows: int,
+    options: Options,
+) -> float:
+    """1 for "sum" and "none"; for "mean" Σ_kept s_i·w_{y_i} (index) or Σ_kept s_i, or `divisor`."""
+    if options.reduction != "mean":
+        return 1.0
+    kept = np.count_nonzero(row_weight) if row_weight is not None else n_rows
+    if kind == "index":
+        keep = target != options.ignore_index
+        if row_weight is not None:
+            keep &= row_weight != 0
+        kept = int(np.count_nonzero(keep))
+    if kept == 0:
+        return 1.0  # no row contributes: loss and gradient are 0 whatever the divisor
+    if options.divisor is not None:
+        total = options.divisor
+    elif kind != "index":
+        total = float(n_rows) if row_weight is None else math.fsum(row_weight)
+    elif row_weight is None and class_weight is None:
+        total = float(kept)
+    else:
+        kept_target = target[keep]
+        each = np.ones(kept) if row_weight is None else row_weight[keep]
+        if class_weight is not None:
+            each = each * class_weight[kept_target]
+        total = math.fsum(each)
+    return math.nan if total == 0 else total
+
+
+def _class_weight(
+    where: str, weight: object, n_classes: int, compute_dtype: np.dtype[Any]
+) -> NDArray[np.float64] | None:
+    if weight is None:
+        return None
+    array = _real_array(where, "weight", weight, compute_dtype)
+    if array.shape != (n_classes,):
+        raise errors.bad_shape(where, "weight", f"({n_classes},), one for each class", array.shape)
+    return array
+
+
+def _row_weight(
+    where: str, sample_weight: object, rows_shape: tuple[int, ...], compute_dtype: np.dtype[Any]
+) -> NDArray[np.float64] | None:
+    if sample_weight is None:
+        return None
+    array = _real_array(where, "sample_weight", sample_weight, compute_dtype)
+    try:
+        array = np.broadcast_to(array, rows_shape)
+    except ValueError:
+        raise errors.bad_shape(
+            where,
+            "sample_weight",
+            f"{rows_shape}, one for each row (or broadcast to it)",
+            array.shape,
+        ) from None
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def _real_array(
+    where: str, name: str, value: object, compute_dtype: np.dtype[Any]
+) -> NDArray[np.float64]:
+    """Return `value` rounded to the compute dtype and held in float64, every entry finite."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise errors.bad_array(where, name, "an array of real numbers", value)
+    with np.errstate(over="ignore", under="ignore"):
+        array = array.astype(compute_dtype).astype(np.float64)
+    finite = np.isfinite(array)
+    if not finite.all():
+        position = tuple(int(k) for k in np.argwhere(~finite)[0])
+        raise errors.not_finite(where, name, position, float(array[position]), compute_dtype.name)
+    return array
+
+
+def _as_target(where: str, target: object, rows_shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return int64 class indices or a floating array; the caller's own where that is possible."""
+    array = np.asarray(target)
+    if array.dtype == np.int64 or array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+        # An empty list of indices arrives as float64.
+        if array.size == 0 and array.shape == rows_shape and not isinstance(target, np.ndarray):
+            return array.astype(np.int64)
+        return array
+    if array.dtype.kind not in "iu":
+        raise errors.bad_target_dtype(where, array.dtype)
+    if array.dtype == np.uint64:
+        # Values past int64 stay out of range instead of wrapping to −100 or to a class.
+        return np.minimum(array, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
+    return array.astype(np.int64)
+
+
+def _check_range(
+    where: str,
+    target: NDArray[np.int64],
+    ignore_index: int,
+    n_classes: int,
+    rows_shape: tuple[int, ...],
+) -> None:
+    bad = (target < 0) | (target >= n_classes)
+    if not bad.any():
+        return
+    bad &= target != ignore_index
+    if bad.any():
+        first = int(np.argmax(bad))
+        position = tuple(int(k) for k in np.unravel_index(first, rows_shape))
+        raise errors.target_out_of_range(where, position, int(target[first]), n_classes)
+
+
+def _sparse_target(
+    where: str,
+    target: object,
+    options: Options,
+    shape: tuple[int, ...],
+    axis: int,
+    compute_dtype: np.dtype[Any],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return ids ``(N, K)``, −1 where padding, and their probabilities ``(N, K)``, 0 there."""
+    ids = _as_target(where, target, ())
+    if ids.dtype.kind != "i":
+        raise errors.bad_target_prob(where, f"target has dtype {ids.dtype}")
+    prob = np.asarray(options.target_prob)
+    if prob.dtype.kind not in "fiu" and prob.dtype.name != "bfloat16":
+        raise errors.bad_target_prob(where, f"target_prob has dtype {prob.dtype}")
+    rows_shape = shape[:axis] + shape[axis + 1 :]
+    fits = ids.ndim == len(shape) and ids.shape[:axis] + ids.shape[axis + 1 :] == rows_shape
+    if not fits or ids.shape != prob.shape:
+        raise errors.bad_target_prob(
+            where,
+            f"got target {ids.shape} and target_prob {prob.shape} for an input of shape {shape}",
+        )
+    n_rows, k = math.prod(rows_shape), ids.shape[axis]
+    ids = np.moveaxis(ids, axis, -1)
+    padding = ids == options.ignore_index
+    bad = ((ids < 0) | (ids >= shape[axis])) & ~padding
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        position = at[:-1][:axis] + (at[-1],) + at[:-1][axis:]
+        raise errors.target_out_of_range(where, position, int(ids[at]), shape[axis])
+    with np.errstate(over="ignore", under="ignore"):
+        prob = np.moveaxis(prob, axis, -1).astype(compute_dtype).astype(np.float64)
+    ids = np.where(padding, np.int64(-1), ids).reshape(n_rows, k)
+    return ids, np.where(padding, 0.0, prob).reshape(n_rows, k)
