@@ -1,0 +1,151 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "parallel.h"
+
+namespace crossent {
+
+#if defined(__x86_64__)
+namespace isa_v2 {
+extern const Kernels kernels;
+}
+namespace isa_v3 {
+extern const Kernels kernels;
+}
+namespace isa_v4 {
+extern const Kernels kernels;
+}
+#else
+namespace isa_base {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// Best first, and only what the CPU and the operating system support.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> found = [] {
+    std::vector<Isa> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const auto has_v3 = [] {
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+             __builtin_cpu_supports("popcnt");
+    };
+    const auto has_v4 = [] {
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    };
+    if (has_v3() && has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels});
+    if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels});
+    list.push_back({"x86-64-v2", &isa_v2::kernels});
+#else
+    list.push_back({"base", &isa_base::kernels});
+#endif
+    return list;
+  }();
+  return found;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& current() {
+  const Isa* isa = chosen.load(std::memory_order_acquire);
+  return isa ? *isa : isas().front();
+}
+
+// One thread's scratch. Small slots stay for the next call; a large one goes with its thread's
+// task, so that one huge row does not keep its memory for ever.
+struct Scratch {
+  static constexpr int kSlots = 5;
+  static constexpr int64_t kKeep = int64_t{16} << 20;
+  struct Slot {
+    void* data = nullptr;
+    int64_t bytes = 0;
+  } slots[kSlots];
+
+  void* get(int slot, int64_t bytes) {
+    Slot& s = slots[slot];
+    if (bytes <= s.bytes) return s.data;
+    std::free(s.data);
+    const int64_t whole = (bytes + 4095) / 4096 * 4096;
+    s.data = std::aligned_alloc(4096, static_cast<size_t>(whole));
+    s.bytes = s.data ? whole : 0;
+    return s.data;
+  }
+  void trim(int64_t keep) {
+    for (Slot& s : slots)
+      if (s.bytes > keep) {
+        std::free(s.data);
+        s = {};
+      }
+  }
+  ~Scratch() { trim(0); }
+};
+thread_local Scratch thread_scratch;
+
+// Work of about this many logits is worth handing to a thread.
+constexpr int64_t kTaskLogits = 32768;
+
+}  // namespace
+
+void* scratch(int slot, int64_t bytes) { return thread_scratch.get(slot, bytes); }
+void report_out_of_memory(const RowJob& job) {
+  __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.name);
+  return names;
+}
+
+std::string current_isa() { return current().name; }
+
+bool set_isa(const std::string& name) {
+  for (const Isa& isa : isas())
+    if (name == isa.name) {
+      chosen.store(&isa, std::memory_order_release);
+      return true;
+    }
+  return false;
+}
+
+Outcome run(RowJob job, bool (*poll)(void*), void* poll_context) {
+  bool no_memory = false;
+  job.no_memory = &no_memory;
+  const Kernels& kernels = *current().kernels;
+  const auto serve = fast_rows(job) ? kernels.rows : kernels.general;
+  const int64_t rows = std::max<int64_t>(1, kTaskLogits / job.logits.classes);
+  const int64_t tasks = (job.n_rows + rows - 1) / rows;
+  const auto task = [&](int64_t k) {
+    serve(job, k * rows, std::min(job.n_rows, (k + 1) * rows));
+    thread_scratch.trim(Scratch::kKeep);
+  };
+  const bool done = parallel_for(tasks, task, poll, poll_context);
+  if (no_memory) return Outcome::kOutOfMemory;
+  return done ? Outcome::kDone : Outcome::kCancelled;
+}
+
+double sum(const double* x, int64_t n) {
+  double hi = 0, lo = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const double s = hi + x[i], v = s - hi;
+    lo += (hi - (s - v)) + (x[i] - v);
+    hi = s;
+  }
+  return hi - hi == 0 ? hi + lo : hi;  // infinity and NaN leave no rounding error to add
+}
+
+}  // namespace crossent

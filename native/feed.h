@@ -1,0 +1,83 @@
+// Rows as contiguous memory: in place where the class axis is contiguous, else copied in and out a
+// few rows at a time (neighbouring rows share cache lines).
+#pragma once
+
+#include "rows.h"
+#include "simd.h"
+
+namespace crossent {
+namespace CROSSENT_ISA {
+
+template <class Type>
+class Feed {
+ public:
+  // Uses the scratch slots `slot` and `slot + 1`.
+  Feed(const RowJob& job, int slot)
+      : in_(job.logits),
+        out_(job.out),
+        slot_(slot),
+        copies_in_(!in_.contiguous_rows()),
+        copies_out_(out_.data && !out_.contiguous_rows()) {
+    const int64_t fit = kCopyBytes / (in_.classes * int64_t{sizeof(Type)});
+    group_ = !(copies_in_ || copies_out_) ? kGroup : fit < 1 ? 1 : fit < kGroup ? fit : kGroup;
+  }
+
+  // False: no memory.
+  bool prepare() {
+    const int64_t bytes = group_ * in_.classes * int64_t{sizeof(Type)};
+    if (copies_in_) in_copy_ = static_cast<Type*>(scratch(slot_, bytes));
+    if (copies_out_) out_copy_ = static_cast<Type*>(scratch(slot_ + 1, bytes));
+    return (in_copy_ || !copies_in_) && (out_copy_ || !copies_out_);
+  }
+
+  // Makes the rows [i, next()) ready.
+  void read(int64_t i, int64_t end) {
+    begin_ = i;
+    next_ = i + group_ < end ? i + group_ : end;
+    for (int k = 0; k < kGroup; k++) left_[k] = false;
+    if (copies_in_)
+      each(in_, [&](char* at, Type& mine) { mine = *reinterpret_cast<const Type*>(at); }, in_copy_);
+  }
+  int64_t next() const { return next_; }
+
+  const Type* in(int64_t row) const {
+    return copies_in_ ? in_copy_ + (row - begin_) * in_.classes
+                      : reinterpret_cast<const Type*>(in_.row(row));
+  }
+  Type* out(int64_t row) const {
+    if (!out_.data) return nullptr;
+    return copies_out_ ? out_copy_ + (row - begin_) * in_.classes
+                       : reinterpret_cast<Type*>(out_.row(row));
+  }
+  // The row's output has been written by somebody else.
+  void leave(int64_t row) { left_[row - begin_] = true; }
+
+  void write() {
+    if (copies_out_)
+      each(out_, [](char* at, Type& mine) { *reinterpret_cast<Type*>(at) = mine; }, out_copy_);
+  }
+
+ private:
+  static constexpr int kGroup = 16;
+  static constexpr int64_t kCopyBytes = 1 << 19;
+
+  template <class Move>
+  void each(const View& view, const Move& move, Type* copy) const {
+    char* rows[kGroup];
+    const int n = static_cast<int>(next_ - begin_);
+    for (int k = 0; k < n; k++) rows[k] = view.row(begin_ + k);
+    for (int64_t j = 0; j < in_.classes; j++)
+      for (int k = 0; k < n; k++)
+        if (!left_[k]) move(rows[k] + j * view.class_stride, copy[k * in_.classes + j]);
+  }
+
+  const View &in_, &out_;
+  int slot_;
+  bool copies_in_, copies_out_;
+  int64_t group_ = 1, begin_ = 0, next_ = 0;
+  Type *in_copy_ = nullptr, *out_copy_ = nullptr;
+  bool left_[kGroup] = {};
+};
+
+}  // namespace CROSSENT_ISA
+}  // namespace crossent

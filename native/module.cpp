@@ -1,0 +1,244 @@
+// The Python binding: take arrays apart, call dispatch.h, nothing else. The Python side
+// (src/crossent/numpy.py) has checked shapes and dtypes; what would touch foreign memory is checked
+// here again.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <limits>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace crossent {
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu>;
+using ReadOnly = nb::ndarray<nb::ro, nb::device::cpu>;
+template <class T>
+using Numbers = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* what) {
+  if (!condition) throw nb::value_error(what);
+}
+
+// bfloat16 comes as uint16: NumPy exports no such dtype.
+Dtype dtype_of(const nb::dlpack::dtype& d) {
+  require(d.lanes == 1, "expected a plain dtype");
+  if (d == nb::dtype<float>()) return Dtype::kFloat32;
+  if (d == nb::dtype<double>()) return Dtype::kFloat64;
+  if (d == nb::dtype<uint16_t>()) return Dtype::kBFloat16;
+  require(d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && d.bits == 16,
+          "expected float64, float32, float16 or bfloat16 (as uint16)");
+  return Dtype::kFloat16;
+}
+
+template <class A>
+View view_of(const A& array) {
+  require(array.ndim() == 3, "expected an array (outer, classes, inner)");
+  View view;
+  view.dtype = dtype_of(array.dtype());
+  const int64_t size = size_of(view.dtype);
+  view.data = const_cast<char*>(static_cast<const char*>(array.data()));
+  view.outer = static_cast<int64_t>(array.shape(0));
+  view.classes = static_cast<int64_t>(array.shape(1));
+  view.inner = static_cast<int64_t>(array.shape(2));
+  view.outer_stride = array.stride(0) * size;
+  view.class_stride = array.stride(1) * size;
+  view.inner_stride = array.stride(2) * size;
+  return view;
+}
+
+template <class A>
+View view_like(const A& array, const View& logits, const char* what) {
+  const View view = view_of(array);
+  require(
+      view.outer == logits.outer && view.classes == logits.classes && view.inner == logits.inner,
+      what);
+  return view;
+}
+
+template <class T>
+const T* rows_of(const std::optional<Numbers<T>>& array, int64_t n, const char* what) {
+  if (!array) return nullptr;
+  require(static_cast<int64_t>(array->size()) == n, what);
+  return array->data();
+}
+
+template <class T>
+nb::object new_array(int64_t n, T** data) {
+  *data = new T[static_cast<size_t>(n)];
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(*data, {static_cast<size_t>(n)}, owner));
+}
+
+struct Interrupts {
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+};
+
+// Lets Python's signal handlers run now and then; false when one has raised (Ctrl-C).
+bool poll_signals(void* context) {
+  auto& last = static_cast<Interrupts*>(context)->last;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last < std::chrono::milliseconds(50)) return true;
+  last = now;
+  nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() == 0;
+}
+
+void run_released(const RowJob& job) {
+  if (job.n_rows == 0) return;
+  Outcome outcome;
+  {
+    nb::gil_scoped_release release;
+    Interrupts interrupts;
+    outcome = run(job, poll_signals, &interrupts);
+  }
+  if (outcome == Outcome::kCancelled) throw nb::python_error();
+  if (outcome == Outcome::kOutOfMemory) throw std::bad_alloc();
+}
+
+RowJob job_for(const ReadOnly& logits) {
+  RowJob job;
+  job.logits = view_of(logits);
+  job.n_rows = job.logits.outer * job.logits.inner;
+  require(job.logits.classes >= 1, "expected at least one class");
+  return job;
+}
+
+// What the loss and the Hessian-vector product have in common: the plan of rows.py.
+void set_plan(RowJob& job, const std::optional<Numbers<int64_t>>& target,
+              const std::optional<Numbers<double>>& target_prob,
+              const std::optional<ReadOnly>& distribution,
+              const std::optional<Numbers<double>>& class_weight,
+              const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
+              const std::optional<Numbers<double>>& upstream) {
+  const int64_t n = job.n_rows, V = job.logits.classes;
+  job.skip = nb::cast<int64_t>(numbers[0]);
+  job.on = nb::cast<double>(numbers[1]);
+  job.off = nb::cast<double>(numbers[2]);
+  job.divisor = nb::cast<double>(numbers[3]);
+  job.z_loss = nb::cast<double>(numbers[4]);
+  job.logit_scale = nb::cast<double>(numbers[5]);
+  job.softcap = nb::cast<double>(numbers[6]);
+  job.upstream_all = nb::cast<double>(numbers[7]);
+  job.class_weight = rows_of(class_weight, V, "expected one weight for each class");
+  job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
+  job.upstream = rows_of(upstream, n, "expected one upstream gradient for each row");
+  if (distribution) {
+    job.kind = Target::kDistribution;
+    job.distribution = view_like(*distribution, job.logits, "expected the logits' shape");
+    job.round_target = job.logits.dtype != Dtype::kFloat64;
+  } else if (target_prob) {
+    job.kind = Target::kSparse;
+    require(target && target->size() == target_prob->size(), "expected one id a probability");
+    job.n_ids = n ? static_cast<int64_t>(target->size()) / n : 0;
+    require(job.n_ids * n == static_cast<int64_t>(target->size()), "expected K ids a row");
+    job.target = target->data();
+    job.target_prob = target_prob->data();
+    for (int64_t k = 0; k < job.n_ids * n; k++)
+      require(job.target[k] >= -1 && job.target[k] < V, "class id out of range");
+  } else {
+    job.kind = Target::kIndex;
+    job.target = rows_of(target, n, "expected one target for each row");
+    require(job.target != nullptr, "expected a target");
+    for (int64_t i = 0; i < n; i++)
+      require((job.target[i] >= 0 && job.target[i] < V) || job.target[i] == job.skip,
+              "target out of range");
+  }
+}
+
+nb::tuple cross_entropy(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& target,
+                        const std::optional<Numbers<double>>& target_prob,
+                        const std::optional<ReadOnly>& distribution,
+                        const std::optional<Numbers<double>>& class_weight,
+                        const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
+                        const std::optional<Numbers<double>>& upstream,
+                        const std::optional<Array>& out) {
+  RowJob job = job_for(logits);
+  set_plan(job, target, target_prob, distribution, class_weight, row_weight, numbers, upstream);
+  if (out) job.out = view_like(*out, job.logits, "expected out of the logits' shape");
+  if (out) require(job.out.dtype == job.logits.dtype, "expected out of the logits' dtype");
+  nb::object losses = new_array<double>(job.n_rows, &job.loss);
+  run_released(job);
+  return nb::make_tuple(losses, sum(job.loss, job.n_rows));
+}
+
+void hvp(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& target,
+         const std::optional<Numbers<double>>& target_prob,
+         const std::optional<ReadOnly>& distribution,
+         const std::optional<Numbers<double>>& class_weight,
+         const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
+         const std::optional<Numbers<double>>& upstream, const ReadOnly& vector, const Array& out) {
+  RowJob job = job_for(logits);
+  set_plan(job, target, target_prob, distribution, class_weight, row_weight, numbers, upstream);
+  job.task = Task::kHvp;
+  job.vector = view_like(vector, job.logits, "expected a vector of the logits' shape");
+  job.out = view_like(out, job.logits, "expected out of the logits' shape");
+  run_released(job);
+}
+
+void softmax(const ReadOnly& logits, const Array& out, bool log, double logit_scale) {
+  RowJob job = job_for(logits);
+  job.task = log ? Task::kLogSoftmax : Task::kSoftmax;
+  job.logit_scale = logit_scale;
+  job.out = view_like(out, job.logits, "expected out of the logits' shape");
+  require(job.out.dtype == job.logits.dtype, "expected out of the logits' dtype");
+  run_released(job);
+}
+
+nb::tuple stats(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& target,
+                const std::optional<Numbers<double>>& row_weight, int64_t skip, double logit_scale,
+                double softcap) {
+  RowJob job = job_for(logits);
+  job.task = Task::kStats;
+  const int64_t n = job.n_rows, V = job.logits.classes;
+  if (target) {
+    job.kind = Target::kIndex;
+    job.target = rows_of(target, n, "expected one target for each row");
+    for (int64_t i = 0; i < n; i++)
+      require((job.target[i] >= 0 && job.target[i] < V) || job.target[i] == skip,
+              "target out of range");
+  }
+  job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
+  job.skip = skip;
+  job.logit_scale = logit_scale;
+  job.softcap = softcap;
+  nb::object lse = new_array<double>(n, &job.logsumexp);
+  nb::object logprob = new_array<double>(n, &job.target_logprob);
+  nb::object entropy = new_array<double>(n, &job.entropy);
+  nb::object argmax = new_array<int64_t>(n, &job.argmax);
+  nb::object rank = new_array<int64_t>(n, &job.target_rank);
+  run_released(job);
+  return nb::make_tuple(lse, logprob, entropy, argmax, rank);
+}
+
+}  // namespace
+}  // namespace crossent
+
+NB_MODULE(_native, m) {
+  using namespace crossent;
+  m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "target"_a.noconvert().none(),
+        "target_prob"_a.noconvert().none(), "distribution"_a.noconvert().none(),
+        "class_weight"_a.noconvert().none(), "row_weight"_a.noconvert().none(), "numbers"_a,
+        "upstream"_a.noconvert().none(), "out"_a.noconvert().none());
+  m.def("hvp", hvp, "logits"_a.noconvert(), "target"_a.noconvert().none(),
+        "target_prob"_a.noconvert().none(), "distribution"_a.noconvert().none(),
+        "class_weight"_a.noconvert().none(), "row_weight"_a.noconvert().none(), "numbers"_a,
+        "upstream"_a.noconvert().none(), "vector"_a.noconvert(), "out"_a.noconvert());
+  m.def("softmax", softmax, "logits"_a.noconvert(), "out"_a.noconvert(), "log"_a, "logit_scale"_a);
+  m.def("stats", stats, "logits"_a.noconvert(), "target"_a.noconvert().none(),
+        "row_weight"_a.noconvert().none(), "skip"_a, "logit_scale"_a, "softcap"_a);
+  m.def("num_threads", num_threads);
+  m.def("set_num_threads", set_num_threads, "n"_a);
+  m.def("available_cpus", available_cpus);
+  m.def("isa", current_isa);
+  m.def("available_isas", available_isas);
+  m.def("set_isa", set_isa, "name"_a);
+}

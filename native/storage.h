@@ -1,0 +1,106 @@
+// How numbers lie in memory: the four dtypes, loaded to and stored from lanes of their compute
+// type.
+#pragma once
+
+#include "rows.h"
+#include "simd.h"
+
+namespace crossent {
+namespace CROSSENT_ISA {
+
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t U16U __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
+
+// bfloat16 is the upper half of a float; rounding is to nearest even, NaN stays NaN.
+struct BFloat16 {
+  static __attribute__((always_inline)) F from(U16 h) {
+    return (F)(__builtin_convertvector(h, U32) << 16);
+  }
+  static __attribute__((always_inline)) U16 to(F x) {
+    const U32 u = (U32)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return __builtin_convertvector(select(x == x, rounded, (u >> 16) | 0x40u), U16);
+  }
+};
+
+struct Float16 {
+#if defined(__AVX512F__)
+  static __attribute__((always_inline)) F from(U16 h) { return _mm512_cvtph_ps((__m256i)h); }
+  static __attribute__((always_inline)) U16 to(F x) {
+    return (U16)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#elif defined(__F16C__)
+  static __attribute__((always_inline)) F from(U16 h) { return _mm256_cvtph_ps((__m128i)h); }
+  static __attribute__((always_inline)) U16 to(F x) {
+    return (U16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#else
+  // The exponent is moved by multiplying with 2^112, which makes subnormals right by itself.
+  static __attribute__((always_inline)) F from(U16 half) {
+    const U32 h = __builtin_convertvector(half, U32), magnitude = (h & 0x7fffu) << 13;
+    const U32 finite = (U32)((F)magnitude * splat(0x1p112f)), special = magnitude | 0x7f800000u;
+    return (F)(select(magnitude >= 0x0f800000u, special, finite) | ((h & 0x8000u) << 16));
+  }
+  static __attribute__((always_inline)) U16 to(F x) {
+    const U32 bits = (U32)x, sign = (bits >> 16) & 0x8000u, u = bits & 0x7fffffffu;
+    const U32 normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+    const U32 tiny = (U32)((F)u + splat(0.5f)) - 0x3f000000u;  // the addition rounds at 2^-24
+    U32 r = select(u < 0x38800000u, tiny, normal);
+    r = select(u >= 0x477ff000u, U32{} + 0x7c00u, r);
+    r = select(u > 0x7f800000u, U32{} + 0x7e00u, r);
+    return __builtin_convertvector(r | sign, U16);
+  }
+#endif
+};
+
+template <Dtype>
+struct Stored;
+template <class Number>
+struct StoredPlain {
+  using Type = Number;
+  using T = Number;
+  using V = typename Lanes<T>::V;
+  static V load(const Type* p) { return ::crossent::CROSSENT_ISA::load(p); }
+  static void store(Type* p, V x) { ::crossent::CROSSENT_ISA::store(p, x); }
+  static void stream(Type* p, V x) { ::crossent::CROSSENT_ISA::stream(p, x); }
+  static constexpr bool kStreams = true;
+};
+template <>
+struct Stored<Dtype::kFloat32> : StoredPlain<float> {};
+template <>
+struct Stored<Dtype::kFloat64> : StoredPlain<double> {};
+template <class Format>
+struct StoredHalf {
+  using Type = uint16_t;
+  using T = float;
+  using V = F;
+  static V load(const Type* p) { return Format::from(*reinterpret_cast<const U16U*>(p)); }
+  static void store(Type* p, V x) { *reinterpret_cast<U16U*>(p) = Format::to(x); }
+  static void stream(Type* p, V x) { store(p, x); }
+  static constexpr bool kStreams = false;
+};
+template <>
+struct Stored<Dtype::kFloat16> : StoredHalf<Float16> {};
+template <>
+struct Stored<Dtype::kBFloat16> : StoredHalf<BFloat16> {};
+
+// The first n lanes from p, `fill` in the others.
+template <class S>
+CROSSENT_INLINE typename S::V load_part(const typename S::Type* p, int n, typename S::T fill) {
+  using T = typename S::T;
+  alignas(kBytes) typename S::Type part[Lanes<T>::n] = {};
+  alignas(kBytes) T lanes[Lanes<T>::n];
+  for (int k = 0; k < n; k++) part[k] = p[k];
+  store(lanes, S::load(part));
+  for (int k = n; k < Lanes<T>::n; k++) lanes[k] = fill;
+  return load(lanes);
+}
+template <class S>
+CROSSENT_INLINE void store_part(typename S::Type* p, int n, typename S::V x) {
+  alignas(kBytes) typename S::Type part[Lanes<typename S::T>::n];
+  S::store(part, x);
+  for (int k = 0; k < n; k++) p[k] = part[k];
+}
+
+}  // namespace CROSSENT_ISA
+}  // namespace crossent
