@@ -1,0 +1,122 @@
+"""Which implementation serves which device and dtype: one list, which the tests iterate.
+
+Every backend takes logits as ``(outer, V, inner)`` and a `RowPlan` from `rows.py`; row
+``i = o·inner + k``. To add one, write its functions and append it to `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossent import _native
+from crossent.rows import RowPlan
+
+Planned = tuple[RowPlan, NDArray[Any] | None]
+"""A plan, and its distribution target as ``(outer, V, inner)`` if that is its kind."""
+
+
+class Backend(Protocol):
+    """The functions that serve one (device, dtype); float64 results unless they are given `out`."""
+
+    device: str
+    dtype: str
+
+    def cross_entropy(
+        self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
+    ) -> tuple[NDArray[np.float64], float]:
+        """Return the rows' losses ``(N,)`` and their sum; write the gradient to `out` if given."""
+
+    def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
+        """Write softmax or log-softmax to `out`."""
+
+    def hvp(
+        self,
+        logits: NDArray[Any],
+        plan: Planned,
+        upstream: Any,
+        vector: NDArray[Any],
+        out: NDArray[Any],
+    ) -> None:
+        """Write the Hessian-vector product to `out`."""
+
+    def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
+        """Return logsumexp, target_logprob, entropy, argmax and target_rank, each ``(N,)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeBackend:
+    """The C++ kernels on the CPU."""
+
+    dtype: str
+    device: str = "cpu"
+
+    def cross_entropy(
+        self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
+    ) -> tuple[NDArray[np.float64], float]:
+        losses, total = _native.cross_entropy(
+            _bits(logits), *_arguments(plan, upstream), None if out is None else _bits(out)
+        )
+        return losses, total
+
+    def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
+        _native.softmax(_bits(logits), _bits(out), log, 1.0)
+
+    def hvp(
+        self,
+        logits: NDArray[Any],
+        plan: Planned,
+        upstream: Any,
+        vector: NDArray[Any],
+        out: NDArray[Any],
+    ) -> None:
+        _native.hvp(_bits(logits), *_arguments(plan, upstream), _bits(vector), _bits(out))
+
+    def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
+        row, _ = plan
+        found: tuple[NDArray[Any], ...] = _native.stats(
+            _bits(logits), row.target, row.row_weight, row.skip, row.logit_scale, row.softcap
+        )
+        return found
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    """Return bfloat16 as uint16: the buffer protocol knows no such dtype."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
+    row, distribution = plan
+    numbers = (
+        row.skip,
+        row.on,
+        row.off,
+        row.divisor,
+        row.z_loss,
+        row.logit_scale,
+        row.softcap,
+        upstream if isinstance(upstream, float) else 1.0,
+    )
+    return (
+        None if distribution is not None else row.target,
+        row.target_prob,
+        None if distribution is None else _bits(distribution),
+        row.class_weight,
+        row.row_weight,
+        numbers,
+        None if isinstance(upstream, float) else upstream,
+    )
+
+
+BACKENDS: list[Backend] = [
+    NativeBackend(dtype) for dtype in ("float64", "float32", "float16", "bfloat16")
+]
+_BY_DTYPE = {backend.dtype: backend for backend in BACKENDS if backend.device == "cpu"}
+
+
+def backend_for(dtype: np.dtype[Any]) -> Backend:
+    """Return the backend of NumPy arrays of `dtype`."""
+    return _BY_DTYPE[dtype.name]

@@ -1,0 +1,598 @@
+"""The NumPy front end: logits and targets in, arrays out; the meaning is in `rows.py`.
+
+Conventions: `input` holds logits of any shape with the classes along `axis`; "the rows' shape" is
+`input`'s shape without that axis. float64, float32, float16 and bfloat16 (`ml_dtypes`) are computed
+as they are (16-bit ones in float32, rounded once); integers and lists become float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from crossent import options as errors
+from crossent import reference, rows
+from crossent.backends import backend_for
+from crossent.options import Options, Reduction
+from crossent.rows import RowPlan
+
+
+class LossGrad(NamedTuple):
+    """A loss and its gradient in the logits."""
+
+    loss: Any
+    grad: NDArray[Any]
+
+
+class RowStats(NamedTuple):
+    """What `cross_entropy_stats` tells of each row; dropped rows hold NaN and −1."""
+
+    logsumexp: NDArray[Any]
+    target_logprob: NDArray[Any] | None
+    entropy: NDArray[Any]
+    argmax: NDArray[np.int64]
+    target_rank: NDArray[np.int64] | None
+
+
+def softmax(input: ArrayLike, *, axis: int = -1) -> NDArray[Any]:
+    """Return σ(z), the probabilities e^z / Σ e^z along `axis`.
+
+    Parameters
+    ----------
+    input : array_like of any shape
+        Logits z.
+    axis : int
+        The class axis.
+
+    Returns
+    -------
+    ndarray of `input`'s shape and dtype (float64 for integers)
+        Rows that hold NaN or +inf, or −inf alone, are NaN.
+
+    Examples
+    --------
+    >>> softmax([2.0, 1.0, 0.1]).round(3)
+    array([0.659, 0.242, 0.099])
+    """
+    return _probabilities("softmax", input, axis, log=False)
+
+
+def log_softmax(input: ArrayLike, *, axis: int = -1) -> NDArray[Any]:
+    """Return ln σ(z) along `axis`, accurate where σ is within rounding of 1.
+
+    Parameters
+    ----------
+    input : array_like of any shape
+        Logits z.
+    axis : int
+        The class axis.
+
+    Returns
+    -------
+    ndarray of `input`'s shape and dtype (float64 for integers)
+
+    Examples
+    --------
+    >>> log_softmax([100.0, 0.0])
+    array([-3.72007598e-44, -1.00000000e+02])
+    """
+    return _probabilities("log_softmax", input, axis, log=True)
+
+
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    divisor: float | None = None,
+    target_prob: ArrayLike | None = None,
+    axis: int = -1,
+) -> Any:
+    """Return the categorical cross-entropy λ = −Σᵢ âᵢ ln aᵢ of a = σ(`input`).
+
+    Parameters
+    ----------
+    input : array_like of any shape
+        Logits z, V classes along `axis`.
+    target : array_like
+        Class indices (integers, the rows' shape), probabilities â (floats, `input`'s shape), or,
+        with `target_prob`, class ids (K of them a row on the class axis).
+    weight : array_like (V,), optional
+        Class weights w.
+    sample_weight : array_like, the rows' shape or broadcast to it, optional
+        Row weights s; 0 drops the row.
+    ignore_index : int
+        Rows with this target index are dropped.
+    label_smoothing : float in [0, 1]
+        ε: the target becomes (1 − ε) â + ε/V.
+    z_loss : float ≥ 0
+        c: adds c·logsumexp² to each row.
+    logit_scale : float > 0
+        τ, one over the temperature: z = τ·input.
+    softcap : float > 0, optional
+        κ: z = κ·tanh(τ·input/κ).
+    reduction : {"mean", "sum", "none"}
+        "mean" divides by the kept rows' Σ s·w; "none" returns one loss a row.
+    divisor : float, optional
+        Replaces what "mean" divides by.
+    target_prob : array_like, optional
+        Probabilities of the class ids in `target`, of the same shape.
+    axis : int
+        The class axis.
+
+    Returns
+    -------
+    NumPy scalar, or an ndarray of the rows' shape with reduction="none"
+        In `input`'s dtype; float32 for 16-bit input.
+
+    Raises
+    ------
+    IndexError
+        A target outside 0 … V − 1 that is not `ignore_index`.
+    TypeError, ValueError
+        Arguments that do not fit; the message says which, and what to do.
+
+    Notes
+    -----
+    With q_j = w_j ((1 − ε) â_j + ε/V) and Q = Σ q a row's loss is
+    s/divisor · (Q·lse·(1 + c·lse) − Σ q_j z_j); see docs/maths.md.
+
+    Examples
+    --------
+    >>> cross_entropy([[2.0, 1.0, 0.1], [0.5, 2.5, 0.0]], [0, 1])
+    np.float64(0.3050...)
+    """
+    call = _Call("cross_entropy", input, axis)
+    plan = call.plan(
+        target,
+        Options(
+            weight=weight,
+            sample_weight=sample_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            reduction=reduction,
+            divisor=divisor,
+            target_prob=target_prob,
+        ),
+    )
+    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
+    return call.loss(plan, losses, total)
+
+
+def cross_entropy_value_and_grad(
+    input: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    divisor: float | None = None,
+    target_prob: ArrayLike | None = None,
+    axis: int = -1,
+    grad_output: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+) -> LossGrad:
+    """Return `cross_entropy` and its gradient in the logits, a − â for a plain row.
+
+    Parameters
+    ----------
+    input, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, logit_scale, \
+softcap, reduction, divisor, target_prob, axis
+        As for `cross_entropy`.
+    grad_output : float, or array_like of the rows' shape with reduction="none", optional
+        Upstream gradient: multiplies the gradient (not the loss).
+    out : ndarray of `input`'s shape and dtype, optional
+        Takes the gradient. May be `input` itself, whose logits are then overwritten.
+
+    Returns
+    -------
+    LossGrad
+        ``loss`` as `cross_entropy` returns it and ``grad`` of `input`'s shape and dtype.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As `cross_entropy`, and for an `out` that cannot take the gradient.
+
+    Examples
+    --------
+    >>> loss, grad = cross_entropy_value_and_grad([2.0, 1.0, 0.1], 0)
+    >>> grad.round(3)
+    array([-0.341,  0.242,  0.099])
+    """
+    call = _Call("cross_entropy_value_and_grad", input, axis)
+    plan = call.plan(
+        target,
+        Options(
+            weight=weight,
+            sample_weight=sample_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            reduction=reduction,
+            divisor=divisor,
+            target_prob=target_prob,
+        ),
+    )
+    upstream = call.upstream(plan, grad_output)
+    beside = (target, weight, sample_weight, target_prob, grad_output)
+    grad = call.output() if out is None else call.checked_out(out, beside)
+    losses, total = call.backend.cross_entropy(
+        call.view, call.viewed(plan), upstream, call.three(grad)
+    )
+    return LossGrad(call.loss(plan, losses, total), grad)
+
+
+def cross_entropy_hvp(
+    input: ArrayLike,
+    target: ArrayLike,
+    vector: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    divisor: float | None = None,
+    target_prob: ArrayLike | None = None,
+    axis: int = -1,
+    grad_output: ArrayLike | None = None,
+) -> NDArray[Any]:
+    """Return the Hessian of `cross_entropy` in the logits times `vector`, without the Hessian.
+
+    Parameters
+    ----------
+    input, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, logit_scale, \
+softcap, reduction, divisor, target_prob, axis, grad_output
+        As for `cross_entropy_value_and_grad`.
+    vector : array_like of `input`'s shape
+        The direction, in `input`'s dtype or converted to it.
+
+    Returns
+    -------
+    ndarray of `input`'s shape and dtype
+        With reduction="none", of the sum of the rows' losses weighted by `grad_output`.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As `cross_entropy`, and for a `vector` of another shape.
+
+    Notes
+    -----
+    For a plain row: Q·(a∘x − a·(aᵀx)); see docs/maths.md.
+
+    Examples
+    --------
+    >>> cross_entropy_hvp([0.0, 0.0], 0, [1.0, 0.0])
+    array([ 0.25, -0.25])
+    """
+    call = _Call("cross_entropy_hvp", input, axis)
+    plan = call.plan(
+        target,
+        Options(
+            weight=weight,
+            sample_weight=sample_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            reduction=reduction,
+            divisor=divisor,
+            target_prob=target_prob,
+        ),
+    )
+    direction = _as_logits(call.where, "vector", vector)
+    if direction.shape != call.logits.shape:
+        raise errors.bad_shape(
+            call.where, "vector", f"{call.logits.shape}, the input's", direction.shape
+        )
+    direction = direction.astype(call.logits.dtype, copy=False)
+    result = call.output()
+    call.backend.hvp(
+        call.view,
+        call.viewed(plan),
+        call.upstream(plan, grad_output),
+        call.three(direction),
+        call.three(result),
+    )
+    return result
+
+
+def cross_entropy_hessian(
+    input: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    divisor: float | None = None,
+    target_prob: ArrayLike | None = None,
+    axis: int = -1,
+) -> NDArray[Any]:
+    """Return each row's Hessian in its logits, for small V.
+
+    Parameters
+    ----------
+    input, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, logit_scale, \
+softcap, reduction, divisor, target_prob, axis
+        As for `cross_entropy`.
+
+    Returns
+    -------
+    ndarray of the rows' shape + (V, V), in `input`'s dtype (float32 for 16-bit input)
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As `cross_entropy`.
+
+    Notes
+    -----
+    For a plain row: Σâ·(diag a − a aᵀ), positive semi-definite; see docs/maths.md.
+
+    Examples
+    --------
+    >>> cross_entropy_hessian([0.0, 0.0], 0)
+    array([[ 0.25, -0.25],
+           [-0.25,  0.25]])
+    """
+    call = _Call("cross_entropy_hessian", input, axis)
+    plan = call.plan(
+        target,
+        Options(
+            weight=weight,
+            sample_weight=sample_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            reduction=reduction,
+            divisor=divisor,
+            target_prob=target_prob,
+        ),
+    )
+    n_classes = plan.n_classes
+    hessian = np.asarray(reference.hessian(call.logits.astype(call.compute_dtype), plan))
+    return hessian.reshape((*plan.rows_shape, n_classes, n_classes))
+
+
+def softmax_jacobian(input: ArrayLike) -> NDArray[Any]:
+    """Return ∂aᵢ/∂zⱼ = aᵢ (δᵢⱼ − aⱼ) of a = σ(z), for small V.
+
+    Parameters
+    ----------
+    input : array_like (…, V)
+        Logits z, classes along the last axis.
+
+    Returns
+    -------
+    ndarray (…, V, V), in `input`'s dtype (float32 for 16-bit input)
+
+    Examples
+    --------
+    >>> softmax_jacobian([0.0, 0.0])
+    array([[ 0.25, -0.25],
+           [-0.25,  0.25]])
+    """
+    call = _Call("softmax_jacobian", input, -1)
+    return np.asarray(reference.softmax_jacobian(call.logits.astype(call.compute_dtype)))
+
+
+def cross_entropy_stats(
+    input: ArrayLike,
+    target: ArrayLike | None = None,
+    *,
+    sample_weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    axis: int = -1,
+) -> RowStats:
+    """Return what the softmax says of each row, without keeping the softmax.
+
+    Parameters
+    ----------
+    input : array_like of any shape
+        Logits, V classes along `axis`.
+    target : array_like of integers, the rows' shape, optional
+        Class indices.
+    sample_weight : array_like, the rows' shape or broadcast to it, optional
+        Rows of weight 0 are dropped; other weights have no effect.
+    ignore_index, logit_scale, softcap, axis
+        As for `cross_entropy`.
+
+    Returns
+    -------
+    RowStats
+        Arrays of the rows' shape: ``logsumexp``; ``target_logprob`` (None without a target);
+        ``entropy`` −Σ a ln a in nats; ``argmax``, ties to the first; ``target_rank``, the number of
+        classes strictly above the target (None without one). Dropped rows hold NaN and −1, and so
+        do rows that are NaN.
+
+    Raises
+    ------
+    IndexError, TypeError, ValueError
+        As `cross_entropy`.
+
+    Examples
+    --------
+    >>> stats = cross_entropy_stats([[2.0, 1.0, 0.1]], [1])
+    >>> int(stats.argmax[0]), int(stats.target_rank[0])
+    (0, 1)
+    """
+    call = _Call("cross_entropy_stats", input, axis)
+    options = Options(
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        reduction="none",
+    )
+    # Without a target every row is kept: class 0 stands in, and what it gives is left out.
+    given = target is not None
+    plan = call.plan(target if given else np.zeros(call.rows_shape, np.int64), options)
+    if plan.kind != "index":
+        raise errors.bad_target_dtype_for_stats(call.where, plan.target.dtype)
+    found = call.backend.stats(call.view, call.viewed(plan))
+    lse, logprob, entropy, argmax, rank = (a.reshape(plan.rows_shape) for a in found)
+    dtype = call.compute_dtype
+    return RowStats(
+        lse.astype(dtype, copy=False),
+        logprob.astype(dtype, copy=False) if given else None,
+        entropy.astype(dtype, copy=False),
+        argmax,
+        rank if given else None,
+    )
+
+
+_FLOATS = frozenset(("float64", "float32", "float16", "bfloat16"))
+
+
+def _as_logits(where: str, name: str, value: ArrayLike) -> NDArray[Any]:
+    array = np.asarray(value)
+    if array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    if array.dtype.name not in _FLOATS:
+        raise errors.bad_input_dtype(where, name, array.dtype)
+    if not array.dtype.isnative or not array.flags.aligned:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+class _Call:
+    """One call's logits, seen as ``(outer, V, inner)`` around the class axis."""
+
+    def __init__(self, where: str, input: ArrayLike, axis: int) -> None:
+        self.where = where
+        self.logits = _as_logits(where, "input", input)
+        shape, ndim = self.logits.shape, self.logits.ndim
+        if ndim == 0:
+            raise errors.bad_input_ndim(where)
+        is_integer = isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+        if not is_integer or not -ndim <= axis < ndim:
+            raise errors.bad_axis(where, axis, ndim)
+        self.axis = int(axis) % ndim
+        if shape[self.axis] == 0:
+            raise errors.no_classes(where, shape, self.axis)
+        self.rows_shape = shape[: self.axis] + shape[self.axis + 1 :]
+        self.backend = backend_for(self.logits.dtype)
+        self.compute_dtype = np.dtype(np.float64 if self.logits.dtype == np.float64 else np.float32)
+        self.view = self.three(self.logits)
+
+    def three(self, array: NDArray[Any]) -> NDArray[Any]:
+        """`array` of the logits' shape as ``(outer, V, inner)``; a copy if strides forbid a view."""
+        shape = self.logits.shape
+        outer, inner = math.prod(shape[: self.axis]), math.prod(shape[self.axis + 1 :])
+        return array.reshape(outer, shape[self.axis], inner)
+
+    def plan(self, target: ArrayLike, options: Options) -> RowPlan:
+        return rows.lower(
+            self.where, self.logits.shape, self.axis, self.compute_dtype, target, options
+        )
+
+    def viewed(self, plan: RowPlan) -> tuple[RowPlan, NDArray[Any] | None]:
+        """The plan, and its distribution (if that is its kind) seen as the logits are."""
+        if plan.kind != "distribution":
+            return plan, None
+        target = plan.target
+        if target.dtype.name not in _FLOATS or not target.dtype.isnative:
+            target = target.astype(self.compute_dtype)
+        return plan, self.three(target)
+
+    def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
+        """None, a float for all rows, or float64 ``(N,)``."""
+        if grad_output is None:
+            return None
+        array = np.asarray(grad_output)
+        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+            raise errors.bad_array(self.where, "grad_output", "real numbers", grad_output)
+        array = array.astype(np.float64)
+        if array.ndim == 0:
+            return float(array)
+        if plan.reduction != "none" or array.shape != plan.rows_shape:
+            raise errors.bad_grad_output(self.where, plan.reduction, plan.rows_shape, array.shape)
+        return np.ascontiguousarray(array).reshape(-1)
+
+    def output(self) -> NDArray[Any]:
+        return np.empty(self.logits.shape, self.logits.dtype)
+
+    def checked_out(self, out: NDArray[Any], beside: tuple[object, ...]) -> NDArray[Any]:
+        logits = self.logits
+        if not isinstance(out, np.ndarray):
+            raise errors.bad_out_type(self.where, out)
+        expected = f"an array of shape {logits.shape} and dtype {logits.dtype}"
+        got = f"shape {out.shape} and dtype {out.dtype}"
+        if out.shape != logits.shape or out.dtype != logits.dtype:
+            raise errors.bad_out(self.where, expected, got, "use numpy.empty_like(input)")
+        if not out.flags.writeable:
+            raise errors.bad_out(self.where, "writable", "a read-only array", "pass a copy")
+        if not out.flags.aligned or not np.shares_memory(self.three(out), out):
+            raise errors.bad_out(
+                self.where, "a plain array", f"strides {out.strides}", "pass a contiguous array"
+            )
+        if out.size > 1 and any(
+            s == 0 for s, n in zip(out.strides, out.shape, strict=True) if n > 1
+        ):
+            raise errors.bad_out(
+                self.where, "an array of its own memory", f"strides {out.strides}", "pass a copy"
+            )
+        same = (
+            out.__array_interface__["data"] == logits.__array_interface__["data"]
+            and out.strides == logits.strides
+        )
+        others = beside if same else (logits, *beside)
+        for other in others:
+            if isinstance(other, np.ndarray) and np.shares_memory(out, other):
+                raise errors.bad_out(
+                    self.where,
+                    "input itself or memory apart from every input",
+                    "an array that overlaps one",
+                    "pass an array of its own",
+                )
+        return out
+
+    def loss(self, plan: RowPlan, losses: NDArray[np.float64], total: float) -> Any:
+        if plan.reduction != "none":
+            with np.errstate(over="ignore", under="ignore"):
+                return self.compute_dtype.type(total)
+        with np.errstate(over="ignore", under="ignore"):
+            losses = losses.reshape(plan.rows_shape).astype(self.compute_dtype, copy=False)
+        return losses if losses.ndim else losses[()]
+
+
+def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:
+    call = _Call(where, input, axis)
+    result = call.output()
+    call.backend.softmax(call.view, call.three(result), log)
+    return result

@@ -1,0 +1,74 @@
+"""Threads and instruction sets: what the environment says, and how to change it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+
+import numpy as np
+
+from crossent import _native
+from crossent import options as errors
+
+
+def set_num_threads(n: int) -> None:
+    """Let the kernels use at most `n` threads from now on; results do not depend on it.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is no integer of at least 1.
+
+    Examples
+    --------
+    >>> before = get_num_threads()
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(before)
+    """
+    is_integer = isinstance(n, int | np.integer) and not isinstance(n, bool)
+    if not is_integer or not 1 <= n <= 2**15:
+        raise errors.bad_threads("set_num_threads", n)
+    _native.set_num_threads(int(n))
+
+
+def get_num_threads() -> int:
+    """Return the number of threads the kernels use at most.
+
+    By default ``CROSSENT_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the CPUs this process may
+    use; 1 in a child of `multiprocessing` or of `os.fork` (a data loader's worker) unless
+    ``CROSSENT_NUM_THREADS`` is set.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    return int(_native.num_threads())
+
+
+def read_environment() -> None:
+    """Apply ``CROSSENT_ISA``, and say which variables are passed over and why."""
+    isa = os.environ.get("CROSSENT_ISA")
+    if isa and not _native.set_isa(isa):
+        expected = "one of " + ", ".join(_native.available_isas())
+        warnings.warn(errors.bad_environment("CROSSENT_ISA", isa, expected), stacklevel=2)
+    threads = os.environ.get("CROSSENT_NUM_THREADS")
+    if threads:
+        if not threads.strip().isascii() or not threads.strip().isdigit() or int(threads) < 1:
+            text = errors.bad_environment(
+                "CROSSENT_NUM_THREADS", threads, "an integer of at least 1"
+            )
+            warnings.warn(text, stacklevel=2)
+    elif multiprocessing.parent_process() is not None:
+        _native.set_num_threads(1)
+
+
+read_environment()
