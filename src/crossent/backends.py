@@ -22,8 +22,13 @@ Planned = tuple[RowPlan, NDArray[Any] | None]
 class Backend(Protocol):
     """The functions that serve one (device, dtype); float64 results unless they are given `out`."""
 
-    device: str
-    dtype: str
+    @property
+    def device(self) -> str:
+        """Where the arrays lie."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the logits' dtype."""
 
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None

@@ -461,7 +461,7 @@ def cross_entropy_stats(
     )
     # Without a target every row is kept: class 0 stands in, and what it gives is left out.
     given = target is not None
-    plan = call.plan(target if given else np.zeros(call.rows_shape, np.int64), options)
+    plan = call.plan(np.zeros(call.rows_shape, np.int64) if target is None else target, options)
     if plan.kind != "index":
         raise errors.bad_target_dtype_for_stats(call.where, plan.target.dtype)
     found = call.backend.stats(call.view, call.viewed(plan))
@@ -511,7 +511,7 @@ class _Call:
         self.view = self.three(self.logits)
 
     def three(self, array: NDArray[Any]) -> NDArray[Any]:
-        """`array` of the logits' shape as ``(outer, V, inner)``; a copy if strides forbid a view."""
+        """See `array` (of the logits' shape) as ``(outer, V, inner)``; a copy where no view can."""
         shape = self.logits.shape
         outer, inner = math.prod(shape[: self.axis]), math.prod(shape[self.axis + 1 :])
         return array.reshape(outer, shape[self.axis], inner)

@@ -1,7 +1,8 @@
 """Options and a target, lowered once to a `RowPlan`: what a kernel needs to know of a row.
 
 Notation: N rows, V classes, K ids a row of a sparse distribution. A front end sees its logits as
-``(outer, V, inner)`` around the class axis; row ``i = o·inner + k`` runs over the other axes in C order.
+``(outer, V, inner)`` around the class axis; row ``i = o·inner + k`` runs over the other axes in
+C order.
 
 Design:
   a. All three kinds of target become ``q_ij = w_j·(on·â_ij + off)`` with ``on = 1 − ε`` and
@@ -306,7 +307,7 @@ def _sparse_target(
     bad = ((ids < 0) | (ids >= shape[axis])) & ~padding
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
-        position = at[:-1][:axis] + (at[-1],) + at[:-1][axis:]
+        position = (*at[:-1][:axis], at[-1], *at[:-1][axis:])
         raise errors.target_out_of_range(where, position, int(ids[at]), shape[axis])
     with np.errstate(over="ignore", under="ignore"):
         prob = np.moveaxis(prob, axis, -1).astype(compute_dtype).astype(np.float64)
