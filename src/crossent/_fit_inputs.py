@@ -143,6 +143,7 @@ def _class_weights(
         weights: Vector = compute_class_weight(class_weight, classes=classes, y=classes[index])
         return weights
     # compute_class_weight("balanced") counts sample weights only from scikit-learn 1.7 on
-    totals = np.bincount(index, weights=rows, minlength=len(classes)).astype(np.float64)
-    share = totals.sum() / len(classes)
-    return np.divide(share, totals, out=np.zeros_like(totals), where=totals > 0)
+    totals = np.bincount(index, weights=rows, minlength=len(classes))
+    weights = np.zeros(len(classes))
+    np.divide(totals.sum() / len(classes), totals, out=weights, where=totals > 0)
+    return weights

@@ -75,7 +75,10 @@ class MultinomialObjective:
         self.fit_intercept = fit_intercept
         self.total_weight = float(X.shape[0] if sample_weight is None else sample_weight.sum())
         self.ridge = 1.0 / (C * self.total_weight)
-        self._loss_options = {"sample_weight": sample_weight, "label_smoothing": label_smoothing}
+        self._loss_options: dict[str, Any] = {
+            "sample_weight": sample_weight,
+            "label_smoothing": label_smoothing,
+        }
         self._logits = np.empty((X.shape[0], n_classes), X.dtype)  # (N, V), then its gradient
         self._last: tuple[Vector, float, Vector] | None = None
         self._curved_at: tuple[Vector, Matrix] | None = None
