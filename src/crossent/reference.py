@@ -385,8 +385,10 @@ def _weighted_target(plan: RowPlan, dtype: np.dtype[Any]) -> Array:
 def _unweighted_loss(t: RowTerms, plan: RowPlan) -> Array:
     """Return Σ q·((m − z) + ln S) + c·Q·lse², which is Q·lse·(1 + c·lse) − Σ q z (M17, M20)."""
     surprise = zero_where(t.q == 0, t.gap) + t.log_sum[:, None]  # q = 0 admits z = −inf
-    plain: Array = (t.q * surprise).sum(axis=-1)
-    return plain + cast(plan.z_loss, t.p.dtype) * t.Q * t.lse**2 if plan.z_loss else plain
+    each: Array = (t.q * surprise).sum(axis=-1)
+    if plan.z_loss:
+        each = each + cast(plan.z_loss, t.p.dtype) * t.Q * t.lse**2
+    return each
 
 
 def _grad_z(t: RowTerms, plan: RowPlan) -> Array:
