@@ -138,14 +138,68 @@ Outcome run(RowJob job, bool (*poll)(void*), void* poll_context) {
   return done ? Outcome::kDone : Outcome::kCancelled;
 }
 
-double sum(const double* x, int64_t n) {
-  double hi = 0, lo = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const double s = hi + x[i], v = s - hi;
-    lo += (hi - (s - v)) + (x[i] - v);
+namespace {
+
+// Compensated sums in lanes of their own, so that one addition need not wait for the last.
+class Total {
+ public:
+  void add(int64_t i, double x) {
+    double& hi = hi_[i % kLanes];
+    const double s = hi + x, v = s - hi;
+    lo_[i % kLanes] += (hi - (s - v)) + (x - v);
     hi = s;
   }
-  return hi - hi == 0 ? hi + lo : hi;  // infinity and NaN leave no rounding error to add
+  double value() const {
+    double hi = 0, lo = 0;
+    for (int k = 0; k < kLanes; k++) {
+      const double s = hi + hi_[k], v = s - hi;
+      lo += (hi - (s - v)) + (hi_[k] - v) + lo_[k];
+      hi = s;
+    }
+    return hi - hi == 0 ? hi + lo : hi;  // infinity and NaN leave no rounding error to add
+  }
+
+ private:
+  static constexpr int kLanes = 8;
+  double hi_[kLanes] = {}, lo_[kLanes] = {};
+};
+
+}  // namespace
+
+double sum(const double* x, int64_t n) {
+  Total total;
+  for (int64_t i = 0; i < n; i++) total.add(i, x[i]);
+  return total.value();
+}
+
+TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                        const double* row_weight, const double* class_weight) {
+  TargetScan scan;
+  int64_t bad = 0, skipped = 0;
+  const auto limit = static_cast<uint64_t>(n_classes);
+  for (int64_t i = 0; i < n; i++) {
+    skipped += target[i] == skip;
+    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
+  }
+  if (bad != 0) {
+    for (scan.first_bad = 0;; scan.first_bad++) {
+      const int64_t t = target[scan.first_bad];
+      if (static_cast<uint64_t>(t) >= limit && t != skip) return scan;
+    }
+  }
+  scan.kept = n - skipped;
+  scan.weight_sum = static_cast<double>(scan.kept);
+  if (!row_weight && !class_weight) return scan;
+  Total total;
+  scan.kept = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const double s = row_weight ? row_weight[i] : 1.0;
+    if (target[i] == skip || s == 0) continue;
+    scan.kept++;
+    total.add(i, class_weight ? s * class_weight[target[i]] : s);
+  }
+  scan.weight_sum = total.value();
+  return scan;
 }
 
 }  // namespace crossent

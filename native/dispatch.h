@@ -23,7 +23,17 @@ enum class Outcome { kDone, kCancelled, kOutOfMemory };
 // how the rows are cut. For `poll` see parallel.h.
 Outcome run(RowJob job, bool (*poll)(void*), void* poll_context);
 
-// The sum of n numbers, compensated, in their order.
+// The sum of n numbers, compensated, in an order of its own that depends on n alone.
 double sum(const double* x, int64_t n);
+
+// What the index targets of n rows come to. A row is kept where its target is not `skip` and its
+// weight (null: all 1) is not 0.
+struct TargetScan {
+  int64_t first_bad = -1;  // the first target outside [0, n_classes) that is not `skip`
+  int64_t kept = 0;
+  double weight_sum = 0;  // of row_weight * class_weight[target] over the kept rows
+};
+TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                        const double* row_weight, const double* class_weight);
 
 }  // namespace crossent

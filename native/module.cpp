@@ -112,6 +112,11 @@ RowJob job_for(const ReadOnly& logits) {
   return job;
 }
 
+void require_in_range(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip) {
+  const TargetScan scan = scan_targets(target, n, n_classes, skip, nullptr, nullptr);
+  require(scan.first_bad < 0, "target out of range");
+}
+
 // What the loss and the Hessian-vector product have in common: the plan of rows.py.
 void set_plan(RowJob& job, const std::optional<Numbers<int64_t>>& target,
               const std::optional<Numbers<double>>& target_prob,
@@ -148,9 +153,7 @@ void set_plan(RowJob& job, const std::optional<Numbers<int64_t>>& target,
     job.kind = Target::kIndex;
     job.target = rows_of(target, n, "expected one target for each row");
     require(job.target != nullptr, "expected a target");
-    for (int64_t i = 0; i < n; i++)
-      require((job.target[i] >= 0 && job.target[i] < V) || job.target[i] == job.skip,
-              "target out of range");
+    require_in_range(job.target, n, V, job.skip);
   }
 }
 
@@ -202,9 +205,7 @@ nb::tuple stats(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& t
   if (target) {
     job.kind = Target::kIndex;
     job.target = rows_of(target, n, "expected one target for each row");
-    for (int64_t i = 0; i < n; i++)
-      require((job.target[i] >= 0 && job.target[i] < V) || job.target[i] == skip,
-              "target out of range");
+    require_in_range(job.target, n, V, skip);
   }
   job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
   job.skip = skip;
@@ -217,6 +218,16 @@ nb::tuple stats(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& t
   nb::object rank = new_array<int64_t>(n, &job.target_rank);
   run_released(job);
   return nb::make_tuple(lse, logprob, entropy, argmax, rank);
+}
+
+nb::tuple scan(const Numbers<int64_t>& target, int64_t n_classes, int64_t skip,
+               const std::optional<Numbers<double>>& row_weight,
+               const std::optional<Numbers<double>>& class_weight) {
+  const auto n = static_cast<int64_t>(target.size());
+  const TargetScan found = scan_targets(
+      target.data(), n, n_classes, skip, rows_of(row_weight, n, "expected one weight for each row"),
+      rows_of(class_weight, n_classes, "expected one weight for each class"));
+  return nb::make_tuple(found.first_bad, found.kept, found.weight_sum);
 }
 
 }  // namespace
@@ -235,6 +246,8 @@ NB_MODULE(_native, m) {
   m.def("softmax", softmax, "logits"_a.noconvert(), "out"_a.noconvert(), "log"_a, "logit_scale"_a);
   m.def("stats", stats, "logits"_a.noconvert(), "target"_a.noconvert().none(),
         "row_weight"_a.noconvert().none(), "skip"_a, "logit_scale"_a, "softcap"_a);
+  m.def("scan_targets", scan, "target"_a.noconvert(), "n_classes"_a, "skip"_a,
+        "row_weight"_a.noconvert().none(), "class_weight"_a.noconvert().none());
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, "n"_a);
   m.def("available_cpus", available_cpus);

@@ -42,7 +42,9 @@ class Options:
         TypeError, ValueError
             If an option has the wrong type, is out of range or NaN.
         """
-        if self.reduction not in get_args(Reduction):
+        if self._scalars_are_defaults():
+            return self
+        if self.reduction not in _REDUCTIONS:
             raise ValueError(
                 f"{where}: reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}"
             )
@@ -68,7 +70,25 @@ class Options:
         )
 
 
+    def _scalars_are_defaults(self) -> bool:
+        """Tell the common case, whose checks would cost more than a small loss."""
+        return (
+            type(self.label_smoothing) is float
+            and self.label_smoothing == 0.0
+            and type(self.z_loss) is float
+            and self.z_loss == 0.0
+            and type(self.logit_scale) is float
+            and self.logit_scale == 1.0
+            and type(self.ignore_index) is int
+            and self.softcap is None
+            and self.divisor is None
+            and type(self.reduction) is str
+            and self.reduction in _REDUCTIONS
+        )
+
+
 OPTION_NAMES = tuple(field.name for field in fields(Options))
+_REDUCTIONS = get_args(Reduction)
 
 _RANGES = {
     "in [0, 1]": lambda x: 0 <= x <= 1,

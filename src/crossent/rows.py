@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from crossent import _native
 from crossent import options as errors
 from crossent.options import Options, Reduction
 
@@ -124,28 +125,30 @@ def lower(
     target_prob = None
     if options.target_prob is not None:
         kind: Kind = "sparse"
-        ids, target_prob = _sparse_target(where, target, options, shape, axis, compute_dtype)
-        kept = (ids >= 0).any(axis=1)
-        lowered: NDArray[Any] = ids
+        lowered, target_prob = _sparse_target(where, target, options, shape, axis, compute_dtype)
+        padding_alone = (lowered < 0).all(axis=1)
         # A row of padding alone is dropped, like a row of weight 0.
-        if not kept.all():
-            row_weight = kept * (1.0 if row_weight is None else row_weight)
+        if padding_alone.any():
+            row_weight = ~padding_alone * (1.0 if row_weight is None else row_weight)
     else:
         lowered = _as_target(where, target, rows_shape)
-        if lowered.dtype.kind == "i":
-            kind = "index"
-            if lowered.shape != rows_shape:
-                raise errors.bad_target_shape(
-                    where, lowered.shape, lowered.dtype, rows_shape, shape
-                )
-            lowered = np.ascontiguousarray(lowered).reshape(-1)
-            _check_range(where, lowered, options.ignore_index, n_classes, rows_shape)
-        else:
-            kind = "distribution"
-            if lowered.shape != shape:
-                raise errors.bad_target_shape(
-                    where, lowered.shape, lowered.dtype, rows_shape, shape
-                )
+        kind = "index" if lowered.dtype.kind == "i" else "distribution"
+        if lowered.shape != (rows_shape if kind == "index" else shape):
+            raise errors.bad_target_shape(where, lowered.shape, lowered.dtype, rows_shape, shape)
+
+    # The divisor of "mean" counts s_i·w_{y_i} for indices and s_i for distributions.
+    if kind == "index":
+        lowered = np.ascontiguousarray(lowered).reshape(-1)
+        bad, kept, weight_sum = _native.scan_targets(
+            lowered, n_classes, options.ignore_index, row_weight, class_weight
+        )
+        if bad >= 0:
+            position = tuple(int(k) for k in np.unravel_index(bad, rows_shape))
+            raise errors.target_out_of_range(where, position, int(lowered[bad]), n_classes)
+    elif row_weight is None:
+        kept = weight_sum = math.prod(rows_shape)
+    else:
+        kept, weight_sum = int(np.count_nonzero(row_weight)), math.fsum(row_weight)
 
     return RowPlan(
         kind=kind,
@@ -159,7 +162,7 @@ def lower(
         on=1.0 - options.label_smoothing,
         off=options.label_smoothing / n_classes,
         row_weight=row_weight,
-        divisor=_divisor(kind, lowered, row_weight, class_weight, math.prod(rows_shape), options),
+        divisor=_divisor(kept, float(weight_sum), options),
         z_loss=options.z_loss,
         logit_scale=options.logit_scale,
         softcap=options.softcap or 0.0,
@@ -167,37 +170,11 @@ def lower(
     )
 
 
-def _divisor(
-    kind: Kind,
-    target: NDArray[Any],
-    row_weight: NDArray[np.float64] | None,
-    class_weight: NDArray[np.float64] | None,
-    n_rows: int,
-    options: Options,
-) -> float:
-    """1 for "sum" and "none"; for "mean" Σ_kept s_i·w_{y_i} (index) or Σ_kept s_i, or `divisor`."""
-    if options.reduction != "mean":
-        return 1.0
-    kept = np.count_nonzero(row_weight) if row_weight is not None else n_rows
-    if kind == "index":
-        keep = target != options.ignore_index
-        if row_weight is not None:
-            keep &= row_weight != 0
-        kept = int(np.count_nonzero(keep))
-    if kept == 0:
-        return 1.0  # no row contributes: loss and gradient are 0 whatever the divisor
-    if options.divisor is not None:
-        total = options.divisor
-    elif kind != "index":
-        total = float(n_rows) if row_weight is None else math.fsum(row_weight)
-    elif row_weight is None and class_weight is None:
-        total = float(kept)
-    else:
-        kept_target = target[keep]
-        each = np.ones(kept) if row_weight is None else row_weight[keep]
-        if class_weight is not None:
-            each = each * class_weight[kept_target]
-        total = math.fsum(each)
+def _divisor(kept: int, weight_sum: float, options: Options) -> float:
+    """Return 1 for "sum" and "none"; for "mean" the kept rows' Σ s·w, or `divisor`; never 0."""
+    if options.reduction != "mean" or kept == 0:
+        return 1.0  # with no row kept loss and gradient are 0 whatever the divisor
+    total = weight_sum if options.divisor is None else options.divisor
     return math.nan if total == 0 else total
 
 
@@ -260,23 +237,6 @@ def _as_target(where: str, target: object, rows_shape: tuple[int, ...]) -> NDArr
         # Values past int64 stay out of range instead of wrapping to −100 or to a class.
         return np.minimum(array, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
     return array.astype(np.int64)
-
-
-def _check_range(
-    where: str,
-    target: NDArray[np.int64],
-    ignore_index: int,
-    n_classes: int,
-    rows_shape: tuple[int, ...],
-) -> None:
-    bad = (target < 0) | (target >= n_classes)
-    if not bad.any():
-        return
-    bad &= target != ignore_index
-    if bad.any():
-        first = int(np.argmax(bad))
-        position = tuple(int(k) for k in np.unravel_index(first, rows_shape))
-        raise errors.target_out_of_range(where, position, int(target[first]), n_classes)
 
 
 def _sparse_target(
