@@ -1,0 +1,61 @@
+"""The minimiser behind SoftmaxClassifier, on a quadratic whose every step can be told by hand."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+from crossent._minimize import minimize_objective
+
+SCALE = np.array([1.0, 4.0, 9.0])
+SOLVERS = ["lbfgs", "newton-cg"]
+
+
+class Quadratic:
+    """½ Σ scale·(θ − 1)²."""
+
+    def value_and_grad(self, theta):
+        return float(0.5 * SCALE @ (theta - 1) ** 2), SCALE * (theta - 1)
+
+    def hvp(self, theta, direction):
+        return SCALE * direction
+
+
+def run(start, *, solver="lbfgs", tol=1e-8, notify=lambda record, theta: False):
+    return minimize_objective(
+        Quadratic(), np.array(start), solver=solver, tol=tol, max_iter=50, notify=notify
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start", [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+def test_reaches_the_minimum_and_records_the_way(solver, start):
+    seen = []
+    minimum = run(start, solver=solver, notify=lambda record, theta: seen.append((record, theta)))
+    np.testing.assert_allclose(minimum.theta, 1, rtol=0, atol=1e-8)
+    assert [record for record, _ in seen] == minimum.history
+    assert minimum.history[0][:3] == (0, 7.0, 9.0)  # the gradient is ∓(1, 4, 9)
+    for record, theta in seen:
+        value, grad = Quadratic().value_and_grad(theta)
+        assert (record.objective, record.gradient_norm) == (value, np.abs(grad).max())
+    seconds = [record.seconds for record in minimum.history]
+    assert seconds == sorted(seconds)
+    assert 0 <= seconds[0] <= seconds[-1] < 60
+
+
+def test_a_start_at_the_tolerance_is_the_minimum():
+    minimum = run([0.0, 0.0, 0.0], tol=9.0)
+    np.testing.assert_array_equal(minimum.theta, 0)
+    assert len(minimum.history) == 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_last_iterate_is_returned_when_told_to_stop(solver):
+    seen = []
+
+    def notify(record, theta):
+        seen.append(theta)
+        return record.iteration == 2
+
+    minimum = run([0.0, 0.0, 0.0], solver=solver, tol=0.0, notify=notify)
+    assert len(seen) == len(minimum.history) == 3
+    np.testing.assert_array_equal(minimum.theta, seen[-1])
