@@ -336,7 +336,7 @@ def _kept_logits(logits: ArrayLike, plan: RowPlan, kept: Array) -> Array:
 
 def _nan_rows(v: Array) -> Array:
     """Fill the rows that hold a NaN or +inf, or nothing but −inf, with NaN."""
-    valid = (np.abs(v) < np.inf).any(axis=-1) & ~((v != v) | (v == np.inf)).any(axis=-1)
+    valid = (np.abs(v.max(axis=-1)) < np.inf) & (v == v).all(axis=-1)
     out = v.copy()
     out[~valid] = cast(np.nan, v.dtype)
     return out
@@ -373,7 +373,7 @@ def _weighted_target(plan: RowPlan, dtype: np.dtype[Any]) -> Array:
         target = cast(_to_rows(plan.target, plan.axis, plan.n_classes), dtype)
     else:
         target = cast(np.zeros((plan.n_rows, plan.n_classes)), dtype)
-        ids = plan.target.reshape(plan.n_rows, -1)  # (N, 1) or (N, K)
+        ids = plan.target[:, None] if plan.kind == "index" else plan.target  # (N, 1) or (N, K)
         prob = np.ones(ids.shape) if plan.target_prob is None else plan.target_prob
         for k in range(ids.shape[1]):  # one id a row at a time, so that repeated ids add
             here = np.flatnonzero((ids[:, k] >= 0) & (ids[:, k] < plan.n_classes))
@@ -385,10 +385,10 @@ def _weighted_target(plan: RowPlan, dtype: np.dtype[Any]) -> Array:
 def _unweighted_loss(t: RowTerms, plan: RowPlan) -> Array:
     """Return Σ q·((m − z) + ln S) + c·Q·lse², which is Q·lse·(1 + c·lse) − Σ q z (M17, M20)."""
     surprise = zero_where(t.q == 0, t.gap) + t.log_sum[:, None]  # q = 0 admits z = −inf
-    each: Array = (t.q * surprise).sum(axis=-1)
-    if plan.z_loss:
-        each = each + cast(plan.z_loss, t.p.dtype) * t.Q * t.lse**2
-    return each
+    plain: Array = (t.q * surprise).sum(axis=-1)
+    if not plan.z_loss:
+        return plain
+    return np.asarray(plain + cast(plan.z_loss, t.p.dtype) * t.Q * t.lse**2)
 
 
 def _grad_z(t: RowTerms, plan: RowPlan) -> Array:
@@ -396,7 +396,7 @@ def _grad_z(t: RowTerms, plan: RowPlan) -> Array:
     plain: Array = t.p * t.others_q - t.q * t.others_p
     if not plan.z_loss:
         return plain
-    return plain + (2 * cast(plan.z_loss, t.p.dtype) * t.lse * t.Q)[:, None] * t.p
+    return np.asarray(plain + (2 * cast(plan.z_loss, t.p.dtype) * t.lse * t.Q)[:, None] * t.p)
 
 
 def _hessian_factors(t: RowTerms, plan: RowPlan) -> tuple[Array, Array]:
