@@ -82,6 +82,8 @@ def test_a_wrong_kernel_is_found(monkeypatch, spoil, line):
     assert not passed
     assert re.search(r"^float64 .* ok$", page, re.M)  # what is right is still called so
     assert re.search(line, " ".join(page.split()))
+    _, dtype, quantity = line.replace(",", "").split()[:3]
+    assert re.search(rf"^{dtype} +{quantity} +plain .* FAIL$", page, re.M)
 
 
 # The measure --------------------------------------------------------------------------------------

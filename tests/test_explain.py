@@ -49,6 +49,8 @@ def test_the_numbers_of_the_readme_s_example():
     np.testing.assert_allclose(
         [row[:2] for row in gradient], np.c_[a_minus_wanted, a_minus_wanted], atol=half
     )
+    # Both are within a few ulp, and no number here is above 1.
+    assert max(abs(row[2]) for row in gradient) <= 4 * 2.0**-52
     np.testing.assert_allclose([row[1] for row in check], a_minus_wanted, atol=half)
 
 
@@ -59,7 +61,8 @@ def test_terms_of_classes_not_wanted_are_exactly_zero():
 
 @pytest.mark.parametrize("logits", [[2.0, 1.0, 0.1], [-3.0, 0.5, 8.0, 8.0], [40.0, 0.0], [1.0] * 5])
 def test_finite_differences_agree_with_the_gradient(logits):
-    # h = ∛eps·max(1, |z|): truncation h²/6·|λ‴|, |a(1−a)(1−2a)| < 0.0963; rounding of λ by a few ulp over h.
+    # h = ∛eps·max(1, |z|). Truncation: h²/6·|λ‴|, and |λ‴| = |a(1−a)(1−2a)| < 0.0963. Rounding: a
+    # few ulp of λ, over h.
     h = np.cbrt(2.0**-52) * max(1.0, *map(abs, logits))
     loss = max(logits) - min(logits) + math.log(len(logits))
     bound = 0.0963 * h**2 / 6 + 4 * 2.0**-52 * loss / h
