@@ -189,6 +189,16 @@ def test_integer_weights_repeat_rows():
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, rtol=0, atol=1e-7)
 
 
+def test_a_class_without_weight_does_not_upset_the_balance():
+    X, y = blobs()
+    weight = np.where(y == 0, 0.0, 1.0)
+    given = weight.copy()
+    model = SoftmaxClassifier(class_weight="balanced").fit(X, y, weight)
+    np.testing.assert_array_equal(weight, given)
+    assert model.coef_.shape == (3, 4)
+    assert set(model.predict(X)) == {1, 2}
+
+
 def test_scalar_sample_weight_scales_c():
     X, y = blobs()
     options = {"tol": 1e-10, "solver": "newton-cg"}

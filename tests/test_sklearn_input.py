@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
+from sklearn.exceptions import DataConversionWarning
+
 from crossent.sklearn import SoftmaxClassifier
 
 Y = np.arange(60) % 3
@@ -90,6 +92,13 @@ def test_bad_data(X, y, sample_weight, text):
 def test_class_weight_needs_labels():
     with pytest.raises(ValueError, match="class_weight needs class labels, but y holds distrib"):
         SoftmaxClassifier(class_weight="balanced").fit(X, THIRDS)
+
+
+def test_a_float_column_is_labels_not_distributions():
+    model = SoftmaxClassifier()
+    with pytest.warns(DataConversionWarning, match="A column-vector y was passed"):
+        model.fit(X, Y[:, None].astype(float))
+    np.testing.assert_array_equal(model.classes_, [0.0, 1.0, 2.0])
 
 
 def test_the_wrong_number_of_features_is_refused():
