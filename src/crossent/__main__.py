@@ -1,0 +1,5 @@
+"""`python -m crossent` is the console command `crossent`."""
+
+from crossent.cli import main
+
+main()
