@@ -68,7 +68,7 @@ const Isa& current() {
 // One thread's scratch. Small slots stay for the next call; a large one goes with its thread's
 // task, so that one huge row does not keep its memory for ever.
 struct Scratch {
-  static constexpr int kSlots = 5;
+  static constexpr int kSlots = 6;
   static constexpr int64_t kKeep = int64_t{16} << 20;
   struct Slot {
     void* data = nullptr;
@@ -126,7 +126,9 @@ Outcome run(RowJob job, bool (*poll)(void*), void* poll_context) {
   bool no_memory = false;
   job.no_memory = &no_memory;
   const Kernels& kernels = *current().kernels;
-  const auto serve = fast_rows(job) ? kernels.rows : kernels.general;
+  const auto serve = lane_rows(job)   ? kernels.lanes
+                     : fast_rows(job) ? kernels.rows
+                                      : kernels.general;
   const int64_t rows = std::max<int64_t>(1, kTaskLogits / job.logits.classes);
   const int64_t tasks = (job.n_rows + rows - 1) / rows;
   const auto task = [&](int64_t k) {

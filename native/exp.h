@@ -67,6 +67,11 @@ struct Exp {
       : lowest(splat(static_cast<T>((C::floor_exponent - shift) * kLn2))),
         round(splat(static_cast<T>(C::round + (shift + C::bias)))) {}
 
+  // A shift for each lane.
+  explicit Exp(V shift)
+      : lowest((static_cast<T>(C::floor_exponent) - shift) * static_cast<T>(kLn2)),
+        round(shift + static_cast<T>(C::round + C::bias)) {}
+
   // exp(d + low) 2^shift; low is the rounding error of d, or 0.
   template <bool kLow>
   __attribute__((always_inline)) V operator()(V d, V low) const {

@@ -374,10 +374,11 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) general.run(i);
 }
 
-void serve_rows(const RowJob& job, int64_t begin, int64_t end);  // rows.cpp
+void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
+void serve_rows(const RowJob& job, int64_t begin, int64_t end);   // rows.cpp
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_rows, serve_general};
+const Kernels kernels = {serve_lanes, serve_rows, serve_general};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

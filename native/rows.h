@@ -22,6 +22,7 @@ struct View {
   int64_t outer_stride = 0, class_stride = 0, inner_stride = 0;
 
   char* row(int64_t i) const {
+    if (inner == 1) return data + i * outer_stride;  // a division takes as long as a short row
     const int64_t o = i / inner;
     return data + o * outer_stride + (i - o * inner) * inner_stride;
   }
@@ -72,9 +73,11 @@ struct RowJob {
   double row_upstream(int64_t i) const { return upstream ? upstream[i] : upstream_all; }
 };
 
-// One instruction set's kernels. Both serve rows [begin, end) and are safe to call from many
+// One instruction set's kernels. All serve rows [begin, end) and are safe to call from many
 // threads.
 struct Kernels {
+  // Index targets and none, float compute, few classes: one row a lane, in any layout (lanes.cpp).
+  void (*lanes)(const RowJob&, int64_t begin, int64_t end);
   // Index targets and none, in lanes of the compute dtype: see rows.cpp for what it takes.
   void (*rows)(const RowJob&, int64_t begin, int64_t end);
   // Everything, in lanes of float64.
@@ -87,7 +90,7 @@ void* scratch(int slot, int64_t bytes);
 // A kernel that got no memory says so; the host raises when all threads are done.
 void report_out_of_memory(const RowJob& job);
 
-// Does the fast kernel (Kernels::rows) take this job? The same rule for host and kernel.
+// Does the fast kernel (Kernels::rows) take this job?
 inline bool fast_rows(const RowJob& job) {
   const bool index = job.task == Task::kLoss && job.kind == Target::kIndex;
   const bool plain = job.task == Task::kSoftmax || job.task == Task::kLogSoftmax;
@@ -95,6 +98,12 @@ inline bool fast_rows(const RowJob& job) {
   const bool smooth = job.off != 0;
   return job.softcap == 0 && (plain || index) &&
          (!smooth || (!job.class_weight && job.logits.dtype != Dtype::kFloat64));
+}
+
+// Few enough classes that one row a lane is faster than one row after the other? The layout has no
+// say, so that it never changes a bit.
+inline bool lane_rows(const RowJob& job) {
+  return fast_rows(job) && job.logits.dtype != Dtype::kFloat64 && job.logits.classes <= 48;
 }
 
 }  // namespace crossent

@@ -100,17 +100,25 @@ CROSSENT_INLINE void stream_fence() {
 
 // The two halves of a float vector as doubles, and back.
 constexpr int kHalf = Lanes<double>::n;
-typedef float Half __attribute__((vector_size(kBytes / 2)));
-typedef float HalfU __attribute__((vector_size(kBytes / 2), aligned(4), may_alias));
 #if defined(__AVX512F__)
 CROSSENT_INLINE D low(F x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 CROSSENT_INLINE D high(F x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+CROSSENT_INLINE F join(D a, D b) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)), _mm512_cvtpd_ps(b), 1);
+}
 #elif defined(__AVX2__)
 CROSSENT_INLINE D low(F x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 CROSSENT_INLINE D high(F x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+CROSSENT_INLINE F join(D a, D b) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a)), _mm256_cvtpd_ps(b), 1);
+}
 #else
 CROSSENT_INLINE D low(F x) { return D{x[0], x[1]}; }
 CROSSENT_INLINE D high(F x) { return D{x[2], x[3]}; }
+CROSSENT_INLINE F join(D a, D b) {
+  return F{static_cast<float>(a[0]), static_cast<float>(a[1]), static_cast<float>(b[0]),
+           static_cast<float>(b[1])};
+}
 #endif
 
 #if defined(__aarch64__)
@@ -121,10 +129,6 @@ CROSSENT_INLINE D fma(D a, D b, D c) {
   return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
 #elif !defined(__AVX2__)
-CROSSENT_INLINE F join(D a, D b) {
-  return F{static_cast<float>(a[0]), static_cast<float>(a[1]), static_cast<float>(b[0]),
-           static_cast<float>(b[1])};
-}
 CROSSENT_INLINE F fma(F a, F b, F c) {
   return join(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
 }

@@ -84,7 +84,7 @@ struct Stored<Dtype::kFloat16> : StoredHalf<Float16> {};
 template <>
 struct Stored<Dtype::kBFloat16> : StoredHalf<BFloat16> {};
 
-// The first n lanes from p, `fill` in the others.
+// The first n lanes from p (1 <= n <= L), `fill` in the others; the first n lanes to p.
 template <class S>
 CROSSENT_INLINE typename S::V load_part(const typename S::Type* p, int n, typename S::T fill) {
   using T = typename S::T;
@@ -101,6 +101,66 @@ CROSSENT_INLINE void store_part(typename S::Type* p, int n, typename S::V x) {
   S::store(part, x);
   for (int k = 0; k < n; k++) p[k] = part[k];
 }
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+// Masks where the instruction set has them.
+#if defined(__AVX512F__)
+CROSSENT_INLINE unsigned first_lanes(int n) { return (1u << n) - 1; }
+CROSSENT_INLINE F load_first(const float* p, int n, float fill) {
+  return _mm512_mask_loadu_ps(splat(fill), static_cast<__mmask16>(first_lanes(n)), p);
+}
+CROSSENT_INLINE D load_first(const double* p, int n, double fill) {
+  return _mm512_mask_loadu_pd(splat(fill), static_cast<__mmask8>(first_lanes(n)), p);
+}
+CROSSENT_INLINE void store_first(float* p, int n, F x) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first_lanes(n)), x);
+}
+CROSSENT_INLINE void store_first(double* p, int n, D x) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n)), x);
+}
+#else
+CROSSENT_INLINE __m256i first_floats(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+CROSSENT_INLINE __m256i first_doubles(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+CROSSENT_INLINE F load_first(const float* p, int n, float fill) {
+  const __m256i m = first_floats(n);
+  return _mm256_blendv_ps(splat(fill), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
+}
+CROSSENT_INLINE D load_first(const double* p, int n, double fill) {
+  const __m256i m = first_doubles(n);
+  return _mm256_blendv_pd(splat(fill), _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m));
+}
+CROSSENT_INLINE void store_first(float* p, int n, F x) {
+  _mm256_maskstore_ps(p, first_floats(n), x);
+}
+CROSSENT_INLINE void store_first(double* p, int n, D x) {
+  _mm256_maskstore_pd(p, first_doubles(n), x);
+}
+#endif
+template <>
+inline __attribute__((always_inline)) F load_part<Stored<Dtype::kFloat32>>(const float* p, int n,
+                                                                           float fill) {
+  return load_first(p, n, fill);
+}
+template <>
+inline __attribute__((always_inline)) D load_part<Stored<Dtype::kFloat64>>(const double* p, int n,
+                                                                           double fill) {
+  return load_first(p, n, fill);
+}
+template <>
+inline __attribute__((always_inline)) void store_part<Stored<Dtype::kFloat32>>(float* p, int n,
+                                                                               F x) {
+  store_first(p, n, x);
+}
+template <>
+inline __attribute__((always_inline)) void store_part<Stored<Dtype::kFloat64>>(double* p, int n,
+                                                                               D x) {
+  store_first(p, n, x);
+}
+#endif
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent
