@@ -90,7 +90,7 @@ class NativeBackend:
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     """Return bfloat16 as uint16: the buffer protocol knows no such dtype."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return array.view(np.uint16) if array.dtype.kind == "V" else array
 
 
 def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
@@ -119,9 +119,10 @@ def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
 BACKENDS: list[Backend] = [
     NativeBackend(dtype) for dtype in ("float64", "float32", "float16", "bfloat16")
 ]
-_BY_DTYPE = {backend.dtype: backend for backend in BACKENDS if backend.device == "cpu"}
+_BY_NAME = {backend.dtype: backend for backend in BACKENDS if backend.device == "cpu"}
+_BY_CHAR = {np.dtype(name).char: _BY_NAME[name] for name in ("float64", "float32", "float16")}
 
 
 def backend_for(dtype: np.dtype[Any]) -> Backend:
     """Return the backend of NumPy arrays of `dtype`."""
-    return _BY_DTYPE[dtype.name]
+    return _BY_CHAR.get(dtype.char) or _BY_NAME[dtype.name]

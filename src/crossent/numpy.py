@@ -240,7 +240,7 @@ softcap, reduction, divisor, target_prob, axis
     losses, total = call.backend.cross_entropy(
         call.view, call.viewed(plan), upstream, call.three(grad)
     )
-    return LossGrad(call.loss(plan, losses, total), grad)
+    return LossGrad(call.loss(plan, losses, total), grad if out is None else out)
 
 
 def cross_entropy_hvp(
@@ -311,7 +311,8 @@ softcap, reduction, divisor, target_prob, axis, grad_output
         raise errors.bad_shape(
             call.where, "vector", f"{call.logits.shape}, the input's", direction.shape
         )
-    direction = direction.astype(call.logits.dtype, copy=False)
+    with np.errstate(over="ignore"):
+        direction = direction.astype(call.logits.dtype, copy=False)
     result = call.output()
     call.backend.hvp(
         call.view,
@@ -452,15 +453,15 @@ def cross_entropy_stats(
     (0, 1)
     """
     call = _Call("cross_entropy_stats", input, axis)
+    # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
+    given = target is not None
     options = Options(
         sample_weight=sample_weight,
-        ignore_index=ignore_index,
+        ignore_index=ignore_index if given else Options().ignore_index,
         logit_scale=logit_scale,
         softcap=softcap,
         reduction="none",
     )
-    # Without a target every row is kept: class 0 stands in, and what it gives is left out.
-    given = target is not None
     plan = call.plan(np.zeros(call.rows_shape, np.int64) if target is None else target, options)
     if plan.kind != "index":
         raise errors.bad_target_dtype_for_stats(call.where, plan.target.dtype)
@@ -476,17 +477,19 @@ def cross_entropy_stats(
     )
 
 
-_FLOATS = frozenset(("float64", "float32", "float16", "bfloat16"))
+_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def _as_logits(where: str, name: str, value: ArrayLike) -> NDArray[Any]:
-    array = np.asarray(value)
-    if array.dtype.kind in "iu":
+    array = errors.as_array(where, name, value)
+    dtype = array.dtype
+    if dtype.kind in "iu":
         return array.astype(np.float64)
-    if array.dtype.name not in _FLOATS:
-        raise errors.bad_input_dtype(where, name, array.dtype)
-    if not array.dtype.isnative or not array.flags.aligned:
-        return array.astype(array.dtype.newbyteorder("="))
+    if not rows.is_float(dtype):
+        raise errors.bad_input_dtype(where, name, dtype)
+    if not dtype.isnative or not array.flags.aligned:
+        return array.astype(dtype.newbyteorder("="))
     return array
 
 
@@ -526,7 +529,8 @@ class _Call:
         if plan.kind != "distribution":
             return plan, None
         target = plan.target
-        if target.dtype.name not in _FLOATS or not target.dtype.isnative:
+        readable = target.dtype.isnative and target.flags.aligned
+        if not rows.is_float(target.dtype) or not readable:
             target = target.astype(self.compute_dtype)
         return plan, self.three(target)
 
@@ -534,8 +538,8 @@ class _Call:
         """None, a float for all rows, or float64 ``(N,)``."""
         if grad_output is None:
             return None
-        array = np.asarray(grad_output)
-        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        array = errors.as_array(self.where, "grad_output", grad_output)
+        if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
             raise errors.bad_array(self.where, "grad_output", "real numbers", grad_output)
         array = array.astype(np.float64)
         if array.ndim == 0:
@@ -551,19 +555,20 @@ class _Call:
         logits = self.logits
         if not isinstance(out, np.ndarray):
             raise errors.bad_out_type(self.where, out)
+        out = errors.as_array(self.where, "out", out)
         expected = f"an array of shape {logits.shape} and dtype {logits.dtype}"
         got = f"shape {out.shape} and dtype {out.dtype}"
         if out.shape != logits.shape or out.dtype != logits.dtype:
             raise errors.bad_out(self.where, expected, got, "use numpy.empty_like(input)")
         if not out.flags.writeable:
             raise errors.bad_out(self.where, "writable", "a read-only array", "pass a copy")
+        if out.size == 0:
+            return out
         if not out.flags.aligned or not np.shares_memory(self.three(out), out):
             raise errors.bad_out(
                 self.where, "a plain array", f"strides {out.strides}", "pass a contiguous array"
             )
-        if out.size > 1 and any(
-            s == 0 for s, n in zip(out.strides, out.shape, strict=True) if n > 1
-        ):
+        if _overlaps_itself(out):
             raise errors.bad_out(
                 self.where, "an array of its own memory", f"strides {out.strides}", "pass a copy"
             )
@@ -584,11 +589,23 @@ class _Call:
 
     def loss(self, plan: RowPlan, losses: NDArray[np.float64], total: float) -> Any:
         if plan.reduction != "none":
-            with np.errstate(over="ignore", under="ignore"):
+            if self.compute_dtype is _FLOAT64 or abs(total) <= _FLOAT32_MAX:
                 return self.compute_dtype.type(total)
-        with np.errstate(over="ignore", under="ignore"):
-            losses = losses.reshape(plan.rows_shape).astype(self.compute_dtype, copy=False)
+            losses = np.asarray(total)  # which turns an overflow into infinity in silence below
+        with np.errstate(over="ignore"):
+            losses = losses.astype(self.compute_dtype, copy=False)
+        losses = losses.reshape(plan.rows_shape if plan.reduction == "none" else ())
         return losses if losses.ndim else losses[()]
+
+
+def _overlaps_itself(array: NDArray[Any]) -> bool:
+    """Tell whether two entries may lie in the same bytes, as in a broadcast or sliding window."""
+    span = array.itemsize
+    for stride, n in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if n > 1 and stride < span:
+            return True
+        span += stride * (n - 1)
+    return False
 
 
 def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:

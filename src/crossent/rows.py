@@ -30,6 +30,12 @@ from crossent.options import Options, Reduction
 Kind = Literal["index", "distribution", "sparse"]
 
 
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Tell the dtypes that kernels read: float64, float32, float16 and `ml_dtypes`' bfloat16."""
+    # dtype.name takes microseconds, so only what NumPy itself does not know is asked for it.
+    return dtype.char in "dfe" or (dtype.kind == "V" and dtype.name == "bfloat16")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowPlan:
     """What every row of a loss means, in compute-dtype numbers; kernels see nothing else.
@@ -131,14 +137,14 @@ def lower(
         if padding_alone.any():
             row_weight = ~padding_alone * (1.0 if row_weight is None else row_weight)
     else:
-        lowered = _as_target(where, target, rows_shape)
+        lowered = _as_target(where, target, rows_shape, n_classes)
         kind = "index" if lowered.dtype.kind == "i" else "distribution"
         if lowered.shape != (rows_shape if kind == "index" else shape):
             raise errors.bad_target_shape(where, lowered.shape, lowered.dtype, rows_shape, shape)
 
     # The divisor of "mean" counts s_i·w_{y_i} for indices and s_i for distributions.
     if kind == "index":
-        lowered = np.ascontiguousarray(lowered).reshape(-1)
+        lowered = np.require(lowered, requirements="CA").reshape(-1)
         bad, kept, weight_sum = _native.scan_targets(
             lowered, n_classes, options.ignore_index, row_weight, class_weight
         )
@@ -211,8 +217,8 @@ def _real_array(
     where: str, name: str, value: object, compute_dtype: np.dtype[Any]
 ) -> NDArray[np.float64]:
     """Return `value` rounded to the compute dtype and held in float64, every entry finite."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+    array = errors.as_array(where, name, value)
+    if array.dtype.kind not in "fiu" and not is_float(array.dtype):
         raise errors.bad_array(where, name, "an array of real numbers", value)
     with np.errstate(over="ignore", under="ignore"):
         array = array.astype(compute_dtype).astype(np.float64)
@@ -223,10 +229,14 @@ def _real_array(
     return array
 
 
-def _as_target(where: str, target: object, rows_shape: tuple[int, ...]) -> NDArray[Any]:
+def _as_target(
+    where: str, target: object, rows_shape: tuple[int, ...], n_classes: int
+) -> NDArray[Any]:
     """Return int64 class indices or a floating array; the caller's own where that is possible."""
-    array = np.asarray(target)
-    if array.dtype == np.int64 or array.dtype.kind == "f" or array.dtype.name == "bfloat16":
+    array = errors.as_array(where, "target", target)
+    if array.dtype.char == "l" and array.dtype.isnative:
+        return array
+    if array.dtype == np.int64 or array.dtype.kind == "f" or is_float(array.dtype):
         # An empty list of indices arrives as float64.
         if array.size == 0 and array.shape == rows_shape and not isinstance(target, np.ndarray):
             return array.astype(np.int64)
@@ -234,8 +244,13 @@ def _as_target(where: str, target: object, rows_shape: tuple[int, ...]) -> NDArr
     if array.dtype.kind not in "iu":
         raise errors.bad_target_dtype(where, array.dtype)
     if array.dtype == np.uint64:
-        # Values past int64 stay out of range instead of wrapping to −100 or to a class.
-        return np.minimum(array, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
+        # Cast to int64 these would wrap, perhaps to −100 or to a class.
+        huge = array > np.iinfo(np.int64).max
+        if huge.any():
+            position = tuple(int(k) for k in np.argwhere(huge)[0])
+            way_out = "convert it to a signed dtype first"
+            value = int(array[position])
+            raise errors.target_out_of_range(where, position, value, n_classes, way_out)
     return array.astype(np.int64)
 
 
@@ -248,11 +263,11 @@ def _sparse_target(
     compute_dtype: np.dtype[Any],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return ids ``(N, K)``, −1 where padding, and their probabilities ``(N, K)``, 0 there."""
-    ids = _as_target(where, target, ())
+    ids = _as_target(where, target, (), shape[axis])
     if ids.dtype.kind != "i":
         raise errors.bad_target_prob(where, f"target has dtype {ids.dtype}")
-    prob = np.asarray(options.target_prob)
-    if prob.dtype.kind not in "fiu" and prob.dtype.name != "bfloat16":
+    prob = errors.as_array(where, "target_prob", options.target_prob)
+    if prob.dtype.kind not in "fiu" and not is_float(prob.dtype):
         raise errors.bad_target_prob(where, f"target_prob has dtype {prob.dtype}")
     rows_shape = shape[:axis] + shape[axis + 1 :]
     fits = ids.ndim == len(shape) and ids.shape[:axis] + ids.shape[axis + 1 :] == rows_shape
@@ -272,4 +287,5 @@ def _sparse_target(
     with np.errstate(over="ignore", under="ignore"):
         prob = np.moveaxis(prob, axis, -1).astype(compute_dtype).astype(np.float64)
     ids = np.where(padding, np.int64(-1), ids).reshape(n_rows, k)
-    return ids, np.where(padding, 0.0, prob).reshape(n_rows, k)
+    prob = np.where(padding, 0.0, prob).reshape(n_rows, k)
+    return np.ascontiguousarray(ids), np.ascontiguousarray(prob)
