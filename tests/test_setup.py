@@ -156,7 +156,8 @@ def machine(tmp_path):
 
 
 PYTHON = f'exec "{sys.executable}" "$@"'
-OLD = 'test "$1" = --version && echo Python 3.9.2'
+OLD = f"""[ "$1" = --version ] && echo Python 3.9.2 && exit
+exec "{sys.executable}" -c 'import sys; sys.version_info = (3, 9, 2); exec(sys.argv[2])' "$@" """
 COMPILER = "exit 0"
 
 
@@ -204,9 +205,8 @@ def test_preflight_without_venv(machine, tmp_path):
 
 
 def test_preflight_without_headers(machine, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sysconfig\nsysconfig.get_path = lambda name: '/nowhere'\n"
-    )
+    fake = f"import sysconfig\nsysconfig.get_path = lambda name: {str(tmp_path)!r}\n"
+    (tmp_path / "sitecustomize.py").write_text(fake)
     environment = {"PYTHONPATH": str(tmp_path)}
     line = one_line(machine(environment, python3=OLD, python3_13=PYTHON, cxx=COMPILER))
     assert "has no headers (Python.h)" in line
