@@ -7,17 +7,15 @@ as they are (16-bit ones in float32, rounded once); integers and lists become fl
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from crossent import options as errors
-from crossent import reference, rows
-from crossent.backends import backend_for
+from crossent import reference
+from crossent.call import Call, as_logits
 from crossent.options import Options, Reduction
-from crossent.rows import RowPlan
 
 
 class LossGrad(NamedTuple):
@@ -152,7 +150,7 @@ def cross_entropy(
     >>> cross_entropy([[2.0, 1.0, 0.1], [0.5, 2.5, 0.0]], [0, 1])
     np.float64(0.3050...)
     """
-    call = _Call("cross_entropy", input, axis)
+    call = Call("cross_entropy", input, axis)
     plan = call.plan(
         target,
         Options(
@@ -218,7 +216,7 @@ softcap, reduction, divisor, target_prob, axis
     >>> grad.round(3)
     array([-0.341,  0.242,  0.099])
     """
-    call = _Call("cross_entropy_value_and_grad", input, axis)
+    call = Call("cross_entropy_value_and_grad", input, axis)
     plan = call.plan(
         target,
         Options(
@@ -290,7 +288,7 @@ softcap, reduction, divisor, target_prob, axis, grad_output
     >>> cross_entropy_hvp([0.0, 0.0], 0, [1.0, 0.0])
     array([ 0.25, -0.25])
     """
-    call = _Call("cross_entropy_hvp", input, axis)
+    call = Call("cross_entropy_hvp", input, axis)
     plan = call.plan(
         target,
         Options(
@@ -306,7 +304,7 @@ softcap, reduction, divisor, target_prob, axis, grad_output
             target_prob=target_prob,
         ),
     )
-    direction = _as_logits(call.where, "vector", vector)
+    direction = as_logits(call.where, "vector", vector)
     if direction.shape != call.logits.shape:
         raise errors.bad_shape(
             call.where, "vector", f"{call.logits.shape}, the input's", direction.shape
@@ -367,7 +365,7 @@ softcap, reduction, divisor, target_prob, axis
     array([[ 0.25, -0.25],
            [-0.25,  0.25]])
     """
-    call = _Call("cross_entropy_hessian", input, axis)
+    call = Call("cross_entropy_hessian", input, axis)
     plan = call.plan(
         target,
         Options(
@@ -406,7 +404,7 @@ def softmax_jacobian(input: ArrayLike) -> NDArray[Any]:
     array([[ 0.25, -0.25],
            [-0.25,  0.25]])
     """
-    call = _Call("softmax_jacobian", input, -1)
+    call = Call("softmax_jacobian", input, -1)
     return np.asarray(reference.softmax_jacobian(call.logits.astype(call.compute_dtype)))
 
 
@@ -452,7 +450,7 @@ def cross_entropy_stats(
     >>> int(stats.argmax[0]), int(stats.target_rank[0])
     (0, 1)
     """
-    call = _Call("cross_entropy_stats", input, axis)
+    call = Call("cross_entropy_stats", input, axis)
     # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
     given = target is not None
     options = Options(
@@ -477,139 +475,8 @@ def cross_entropy_stats(
     )
 
 
-_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-def _as_logits(where: str, name: str, value: ArrayLike) -> NDArray[Any]:
-    array = errors.as_array(where, name, value)
-    dtype = array.dtype
-    if dtype.kind in "iu":
-        return array.astype(np.float64)
-    if not rows.is_float(dtype):
-        raise errors.bad_input_dtype(where, name, dtype)
-    if not dtype.isnative or not array.flags.aligned:
-        return array.astype(dtype.newbyteorder("="))
-    return array
-
-
-class _Call:
-    """One call's logits, seen as ``(outer, V, inner)`` around the class axis."""
-
-    def __init__(self, where: str, input: ArrayLike, axis: int) -> None:
-        self.where = where
-        self.logits = _as_logits(where, "input", input)
-        shape, ndim = self.logits.shape, self.logits.ndim
-        if ndim == 0:
-            raise errors.bad_input_ndim(where)
-        is_integer = isinstance(axis, int | np.integer) and not isinstance(axis, bool)
-        if not is_integer or not -ndim <= axis < ndim:
-            raise errors.bad_axis(where, axis, ndim)
-        self.axis = int(axis) % ndim
-        if shape[self.axis] == 0:
-            raise errors.no_classes(where, shape, self.axis)
-        self.rows_shape = shape[: self.axis] + shape[self.axis + 1 :]
-        self.backend = backend_for(self.logits.dtype)
-        self.compute_dtype = np.dtype(np.float64 if self.logits.dtype == np.float64 else np.float32)
-        self.view = self.three(self.logits)
-
-    def three(self, array: NDArray[Any]) -> NDArray[Any]:
-        """See `array` (of the logits' shape) as ``(outer, V, inner)``; a copy where no view can."""
-        shape = self.logits.shape
-        outer, inner = math.prod(shape[: self.axis]), math.prod(shape[self.axis + 1 :])
-        return array.reshape(outer, shape[self.axis], inner)
-
-    def plan(self, target: ArrayLike, options: Options) -> RowPlan:
-        return rows.lower(
-            self.where, self.logits.shape, self.axis, self.compute_dtype, target, options
-        )
-
-    def viewed(self, plan: RowPlan) -> tuple[RowPlan, NDArray[Any] | None]:
-        """The plan, and its distribution (if that is its kind) seen as the logits are."""
-        if plan.kind != "distribution":
-            return plan, None
-        target = plan.target
-        readable = target.dtype.isnative and target.flags.aligned
-        if not rows.is_float(target.dtype) or not readable:
-            target = target.astype(self.compute_dtype)
-        return plan, self.three(target)
-
-    def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
-        """None, a float for all rows, or float64 ``(N,)``."""
-        if grad_output is None:
-            return None
-        array = errors.as_array(self.where, "grad_output", grad_output)
-        if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
-            raise errors.bad_array(self.where, "grad_output", "real numbers", grad_output)
-        array = array.astype(np.float64)
-        if array.ndim == 0:
-            return float(array)
-        if plan.reduction != "none" or array.shape != plan.rows_shape:
-            raise errors.bad_grad_output(self.where, plan.reduction, plan.rows_shape, array.shape)
-        return np.ascontiguousarray(array).reshape(-1)
-
-    def output(self) -> NDArray[Any]:
-        return np.empty(self.logits.shape, self.logits.dtype)
-
-    def checked_out(self, out: NDArray[Any], beside: tuple[object, ...]) -> NDArray[Any]:
-        logits = self.logits
-        if not isinstance(out, np.ndarray):
-            raise errors.bad_out_type(self.where, out)
-        out = errors.as_array(self.where, "out", out)
-        expected = f"an array of shape {logits.shape} and dtype {logits.dtype}"
-        got = f"shape {out.shape} and dtype {out.dtype}"
-        if out.shape != logits.shape or out.dtype != logits.dtype:
-            raise errors.bad_out(self.where, expected, got, "use numpy.empty_like(input)")
-        if not out.flags.writeable:
-            raise errors.bad_out(self.where, "writable", "a read-only array", "pass a copy")
-        if out.size == 0:
-            return out
-        if not out.flags.aligned or not np.shares_memory(self.three(out), out):
-            raise errors.bad_out(
-                self.where, "a plain array", f"strides {out.strides}", "pass a contiguous array"
-            )
-        if _overlaps_itself(out):
-            raise errors.bad_out(
-                self.where, "an array of its own memory", f"strides {out.strides}", "pass a copy"
-            )
-        same = (
-            out.__array_interface__["data"] == logits.__array_interface__["data"]
-            and out.strides == logits.strides
-        )
-        others = beside if same else (logits, *beside)
-        for other in others:
-            if isinstance(other, np.ndarray) and np.shares_memory(out, other):
-                raise errors.bad_out(
-                    self.where,
-                    "input itself or memory apart from every input",
-                    "an array that overlaps one",
-                    "pass an array of its own",
-                )
-        return out
-
-    def loss(self, plan: RowPlan, losses: NDArray[np.float64], total: float) -> Any:
-        if plan.reduction != "none":
-            if self.compute_dtype is _FLOAT64 or abs(total) <= _FLOAT32_MAX:
-                return self.compute_dtype.type(total)
-            losses = np.asarray(total)  # which turns an overflow into infinity in silence below
-        with np.errstate(over="ignore"):
-            losses = losses.astype(self.compute_dtype, copy=False)
-        losses = losses.reshape(plan.rows_shape if plan.reduction == "none" else ())
-        return losses if losses.ndim else losses[()]
-
-
-def _overlaps_itself(array: NDArray[Any]) -> bool:
-    """Tell whether two entries may lie in the same bytes, as in a broadcast or sliding window."""
-    span = array.itemsize
-    for stride, n in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
-        if n > 1 and stride < span:
-            return True
-        span += stride * (n - 1)
-    return False
-
-
 def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:
-    call = _Call(where, input, axis)
+    call = Call(where, input, axis)
     result = call.output()
     call.backend.softmax(call.view, call.three(result), log)
     return result

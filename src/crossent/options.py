@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -44,7 +45,7 @@ class Options:
         """
         if self._scalars_are_defaults():
             return self
-        if self.reduction not in _REDUCTIONS:
+        if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(
                 f"{where}: reduction must be 'mean', 'sum' or 'none', got {self.reduction!r}"
             )
@@ -69,7 +70,6 @@ class Options:
             target_prob=self.target_prob,
         )
 
-
     def _scalars_are_defaults(self) -> bool:
         """Tell the common case, whose checks would cost more than a small loss."""
         return (
@@ -80,6 +80,7 @@ class Options:
             and type(self.logit_scale) is float
             and self.logit_scale == 1.0
             and type(self.ignore_index) is int
+            and -(2**63) <= self.ignore_index < 2**63
             and self.softcap is None
             and self.divisor is None
             and type(self.reduction) is str
@@ -87,6 +88,7 @@ class Options:
         )
 
 
+MAX_THREADS = 2**15
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 _REDUCTIONS = get_args(Reduction)
 
@@ -111,13 +113,16 @@ class _Number:
             )
         # The divisor is a count, kept exact: 2**24 + 1 tokens must not become 2**24.
         dtype = np.dtype(np.float64) if name == "divisor" else self.dtype
+        try:
+            given = float(value)
+        except OverflowError:  # a huge Python integer or fraction
+            given = math.inf if value > 0 else -math.inf
         with np.errstate(over="ignore", under="ignore"):
-            rounded = float(dtype.type(value))
-        if not _RANGES[expected](float(value)) or not _RANGES[expected](rounded):
-            in_dtype = "" if rounded == float(value) else f" ({rounded} in {dtype.name})"
-            raise ValueError(
-                f"{self.where}: {name} must be {expected}, got {float(value)}{in_dtype}"
-            )
+            rounded = float(dtype.type(given))
+        if not _RANGES[expected](given) or not _RANGES[expected](rounded):
+            same = rounded == given or math.isnan(given)
+            in_dtype = "" if same else f" ({rounded} in {dtype.name})"
+            raise ValueError(f"{self.where}: {name} must be {expected}, got {given}{in_dtype}")
         return rounded
 
 
@@ -126,7 +131,33 @@ def _integer(where: str, name: str, value: object) -> int:
         value = value[()]
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be an integer, got {_describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {name} must be an integer that int64 holds, got {value}")
     return int(value)
+
+
+def as_array(where: str, name: str, value: Any) -> NDArray[Any]:
+    """Return `value` as a plain array.
+
+    Raises
+    ------
+    TypeError
+        If it has masked entries: a plain array would show what lies under them.
+    ValueError
+        If it is no array, as rows of different lengths are not.
+    """
+    if type(value) is np.ndarray:
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name} is no array: {error}") from None
+    if isinstance(value, np.ndarray) and np.ma.is_masked(value):
+        raise TypeError(
+            f"{where}: {name} must not have masked entries, whose mask would be lost; fill them "
+            f"with {name}.filled(value) and drop rows by sample_weight=0 or ignore_index"
+        )
+    return array
 
 
 def _describe(value: object) -> str:
@@ -201,17 +232,15 @@ def bad_target_shape(
 
 
 def target_out_of_range(
-    where: str, position: tuple[int, ...], value: int, n_classes: int
+    where: str, position: tuple[int, ...], value: int, n_classes: int, way_out: str = ""
 ) -> IndexError:
     """A class index outside 0 … V − 1 that is not `ignore_index`."""
     place = f"[{', '.join(map(str, position))}]" if position else ""
     classes = (
         "is 1 class (0)" if n_classes == 1 else f"are {n_classes} classes (0 to {n_classes - 1})"
     )
-    return IndexError(
-        f"{where}: target{place} is {value}, but there {classes}; "
-        f"use ignore_index={value} to skip such rows"
-    )
+    way_out = way_out or f"use ignore_index={value} to skip such rows"
+    return IndexError(f"{where}: target{place} is {value}, but there {classes}; {way_out}")
 
 
 def bad_target_prob(where: str, reason: str) -> ValueError | TypeError:
@@ -278,11 +307,13 @@ def bad_target_dtype_for_stats(where: str, dtype: object) -> TypeError:
 
 
 def bad_threads(where: str, value: object) -> ValueError | TypeError:
-    """A number of threads below 1 or of no integer type."""
+    """A number of threads out of range or of no integer type."""
     text = (
-        f"{where}: the number of threads must be an integer of at least 1, got {_describe(value)}"
+        f"{where}: the number of threads must be an integer from 1 to {MAX_THREADS}, "
+        f"got {_describe(value)}"
     )
-    return ValueError(text) if isinstance(value, int) else TypeError(text)
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return ValueError(text) if is_integer else TypeError(text)
 
 
 def bad_environment(name: str, value: str, expected: str) -> str:

@@ -18,12 +18,12 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1.
+        From 1 to 32,768.
 
     Raises
     ------
     TypeError, ValueError
-        If `n` is no integer of at least 1.
+        If `n` is no integer in that range.
 
     Examples
     --------
@@ -34,7 +34,7 @@ def set_num_threads(n: int) -> None:
     >>> set_num_threads(before)
     """
     is_integer = isinstance(n, int | np.integer) and not isinstance(n, bool)
-    if not is_integer or not 1 <= n <= 2**15:
+    if not is_integer or not 1 <= n <= errors.MAX_THREADS:
         raise errors.bad_threads("set_num_threads", n)
     _native.set_num_threads(int(n))
 
