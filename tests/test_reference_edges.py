@@ -207,6 +207,12 @@ def test_minus_infinity_under_a_negative_target(number):
     assert reference.loss(z, plan)[0] == -INF
 
 
+def test_gradient_in_a_target_at_minus_infinity(number):
+    z, weight = number([[-INF, -INF, 0.0]]), [0.0, 2.0, 1.0]
+    plan = none(np.zeros((1, 3)), [[0.5, 0.0, 0.5]], weight=weight)
+    assert reference.grad_target(z, plan).tolist() == [[0, INF, 0]]
+
+
 def test_one_class(number):
     z = number([[7.0]])
     plan = none(np.zeros((1, 1)), [0])

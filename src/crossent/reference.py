@@ -335,10 +335,9 @@ def _kept_logits(logits: ArrayLike, plan: RowPlan, kept: Array) -> Array:
 
 
 def _nan_rows(v: Array) -> Array:
-    """Fill the rows that hold a NaN or +inf, or nothing but −inf, with NaN."""
-    valid = (np.abs(v.max(axis=-1)) < np.inf) & (v == v).all(axis=-1)
+    """Fill the rows that hold +inf, or nothing but −inf, with NaN; a NaN spreads by itself."""
     out = v.copy()
-    out[~valid] = cast(np.nan, v.dtype)
+    out[np.abs(v.max(axis=-1)) == np.inf] = cast(np.nan, v.dtype)
     return out
 
 
