@@ -171,6 +171,14 @@ def test_dtype(dtype, kept, solver):
         assert array.dtype == np.dtype(kept)
 
 
+def test_the_memory_order_of_x_does_not_change_a_bit(digits):
+    X, y = digits
+    wide = np.repeat(X, 2, axis=1)
+    coef = SoftmaxClassifier().fit(X, y).coef_
+    for same in (np.asfortranarray(X), wide[:, ::2]):
+        np.testing.assert_array_equal(SoftmaxClassifier().fit(same, y).coef_, coef)
+
+
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_float32_reaches_the_float64_minimum(n_classes):
     X, y = blobs(n_classes, n=6000)
