@@ -27,7 +27,7 @@ FASHION_MNIST_CLASSES = [
     "Bag",
     "Ankle boot",
 ]
-# Of 0.01, 0.1 and 1 the one whose fit ends soonest; the test accuracies differ by 0.6 points.
+# A weaker penalty takes many more iterations for about half a point of test accuracy.
 FASHION_MNIST_C = 0.01
 DEFAULT_TEST_SIZE = 0.2
 
