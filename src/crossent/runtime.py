@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import warnings
 
 import numpy as np
@@ -62,9 +63,11 @@ def read_environment() -> None:
         warnings.warn(errors.bad_environment("CROSSENT_ISA", isa, expected), stacklevel=2)
     threads = os.environ.get("CROSSENT_NUM_THREADS")
     if threads:
-        if not threads.strip().isascii() or not threads.strip().isdigit() or int(threads) < 1:
+        # What the native part takes: it reads the variable itself, at first use and after a fork.
+        digits = re.fullmatch(r"\s*\+?([0-9]+)\s*", threads, re.ASCII)
+        if digits is None or not 1 <= int(digits[1]) < 2**31:
             text = errors.bad_environment(
-                "CROSSENT_NUM_THREADS", threads, "an integer of at least 1"
+                "CROSSENT_NUM_THREADS", threads, f"an integer from 1 to {2**31 - 1}"
             )
             warnings.warn(text, stacklevel=2)
     elif multiprocessing.parent_process() is not None:
