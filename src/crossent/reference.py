@@ -329,16 +329,8 @@ def _kept(plan: RowPlan) -> Array:
 
 
 def _kept_logits(logits: ArrayLike, plan: RowPlan, kept: Array) -> Array:
-    """Return v ``(N, V)``: 0 in dropped rows, NaN throughout a row that has no softmax."""
-    v = _to_rows(computable(logits), plan.axis, plan.n_classes)
-    return _nan_rows(zero_where(~kept, v))
-
-
-def _nan_rows(v: Array) -> Array:
-    """Fill the rows that hold +inf, or nothing but −inf, with NaN; a NaN spreads by itself."""
-    out = v.copy()
-    out[np.abs(v.max(axis=-1)) == np.inf] = cast(np.nan, v.dtype)
-    return out
+    """Return v ``(N, V)``, 0 in dropped rows."""
+    return zero_where(~kept, _to_rows(computable(logits), plan.axis, plan.n_classes))
 
 
 def _transform(v: Array, plan: RowPlan) -> tuple[Array, Array, Array]:
@@ -354,12 +346,15 @@ def _transform(v: Array, plan: RowPlan) -> tuple[Array, Array, Array]:
 
 
 def _shifted(z: Array) -> Array:
-    """Return z − max z; the largest entry becomes exactly 0."""
+    """Return z − max z: exactly 0 at the maximum, NaN where that is infinite."""
     return np.asarray(z - np.take_along_axis(z, np.argmax(z, axis=-1, keepdims=True), axis=-1))
 
 
 def _probabilities(shifted: Array) -> tuple[Array, Array, Array]:
-    """Return p ``(N, V)``, Σ_{k≠j} p_k ``(N, V)`` and ln S ``(N,)`` of rows whose maximum is 0."""
+    """Return p ``(N, V)``, Σ_{k≠j} p_k ``(N, V)`` and ln S ``(N,)`` of rows whose maximum is 0.
+
+    One NaN makes S, and with it the row, NaN.
+    """
     others = sum_of_others(e := elementwise("exp", shifted))
     beside = others.min(axis=-1, keepdims=True)  # the mass beside the maximum
     total = 1 + beside
@@ -437,7 +432,7 @@ def _upstream(plan: RowPlan, t: RowTerms, grad_output: ArrayLike | None) -> Arra
 def _plain_rows(logits: ArrayLike, axis: int) -> tuple[Array, tuple[int, ...]]:
     """Return rows ``(N, V)`` and the shape they had with the class axis last."""
     z = np.moveaxis(computable(logits), axis, -1)
-    return _nan_rows(z.reshape(z.size // max(z.shape[-1], 1), z.shape[-1])), z.shape
+    return z.reshape(z.size // max(z.shape[-1], 1), z.shape[-1]), z.shape
 
 
 def _to_rows(x: Array, axis: int, n_classes: int) -> Array:
