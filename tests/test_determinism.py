@@ -1,0 +1,129 @@
+"""The same bits: for any number of threads, layout, alignment, split, and whatever is beside."""
+
+import numpy as np
+import pytest
+
+import crossent
+
+THREADS = [1, 2, 3, 8]
+# (N, V): many tasks of many rows, one row a task, rows of several blocks, and (the last two) an
+# output that no cache holds, which is written past it.
+SHAPES = [(5000, 10), (700, 130), (40, 5000), (9, 33000), (1100, 1000), (40, 33000)]
+OPTIONS = {
+    "plain": {},
+    "weights": {"weight": "classes", "sample_weight": "rows"},
+    "smoothing": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "softcap": {"softcap": 20.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def threads_restored():
+    before = crossent.get_num_threads()
+    yield
+    crossent.set_num_threads(before)
+
+
+def problem(n_rows, n_classes, dtype, options="plain"):
+    rng = np.random.default_rng(n_classes)
+    logits = (rng.normal(size=(n_rows, n_classes)) * 3).astype(dtype)
+    target = rng.integers(0, n_classes, n_rows)
+    target[::7] = -100
+    sizes = {"rows": rng.random(n_rows), "classes": rng.random(n_classes)}
+    return logits, target, {k: sizes.get(v, v) for k, v in OPTIONS[options].items()}
+
+
+def everything(logits, target, options):
+    """The bits of all that is computed from some logits."""
+    loss, grad = crossent.cross_entropy_value_and_grad(logits, target, **options)
+    each = crossent.cross_entropy(logits, target, reduction="none", **options)
+    found = [loss, grad, each, crossent.softmax(logits), crossent.log_softmax(logits)]
+    if logits.shape[1] <= 5000:
+        found.append(crossent.cross_entropy_hvp(logits, target, logits, **options))
+        found += crossent.cross_entropy_stats(logits, target)
+    return [np.asarray(part).tobytes() for part in found]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_number_of_threads(options, dtype):
+    for shape in SHAPES[:4] if options == "plain" else SHAPES[1:3]:
+        given = problem(*shape, dtype, options)
+        wanted = None
+        for n in THREADS:
+            crossent.set_num_threads(n)
+            found = everything(*given)
+            wanted = wanted or found
+            assert found == wanted, (shape, n)
+
+
+def test_repeated_calls_with_many_threads(dtype):
+    crossent.set_num_threads(8)
+    given = problem(3000, 33, dtype)
+    wanted = everything(*given)
+    for _ in range(20):
+        assert everything(*given) == wanted
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_contiguous_strided_and_misaligned(options, dtype, isa):
+    for n_rows, n_classes in ((300, 10), (60, 131), (7, 5000)):
+        logits, target, given = problem(n_rows, n_classes, dtype, options)
+        wanted = everything(logits, target, given)
+        fortran = np.asfortranarray(logits)
+        steps = np.zeros((2 * n_rows, 3 * n_classes), dtype)[::2, 1::3]
+        shifted = np.zeros(logits.size + 5, dtype)[5:].reshape(logits.shape)
+        backwards = np.zeros_like(logits)[::-1, ::-1]
+        for array in (steps, shifted, backwards):
+            array[...] = logits
+        for array in (fortran, steps, shifted, backwards):
+            assert everything(array, target, given) == wanted
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_out_given_or_not(shape, dtype):
+    logits, target, _ = problem(*shape, dtype)
+    wanted = crossent.cross_entropy_value_and_grad(logits, target)
+    assert crossent.cross_entropy(logits, target) == wanted.loss
+    shifted = np.full(logits.size + 3, 9, dtype)[3:].reshape(logits.shape)
+    fortran = np.full_like(logits, 9, order="F")
+    for out in (np.full_like(logits, 9), shifted, fortran, logits.copy()):
+        given = out if out.flags.owndata and out.tobytes() == logits.tobytes() else logits
+        found = crossent.cross_entropy_value_and_grad(given, target, out=out)
+        assert found.loss == wanted.loss
+        assert found.grad.tobytes() == wanted.grad.tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_of_the_rows_alone(shape, dtype):
+    logits, target, _ = problem(*shape, dtype)
+    whole = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
+    n = len(target)
+    for part in (slice(0, 1), slice(1, 4), slice(n // 2, n // 2 + 9), slice(n - 3, n)):
+        found = crossent.cross_entropy_value_and_grad(logits[part], target[part], reduction="none")
+        assert found.loss.tobytes() == whole.loss[part].tobytes()
+        assert found.grad.tobytes() == whole.grad[part].tobytes()
+
+
+def test_other_rows_do_not_matter(dtype, isa):
+    logits, target, _ = problem(64, 131, dtype)
+    before = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
+    kept = np.arange(64) % 3 == 0
+    changed = logits.copy()
+    changed[~kept] = np.where(np.arange(131) % 5, dtype.type(-100), np.nan).astype(dtype)
+    target = np.where(kept, target, 130)
+    after = crossent.cross_entropy_value_and_grad(changed, target, reduction="none")
+    assert after.loss[kept].tobytes() == before.loss[kept].tobytes()
+    assert after.grad[kept].tobytes() == before.grad[kept].tobytes()
+
+
+def test_the_sum_over_rows_is_compensated():
+    # Losses of 0.1 and 1e-3 by turns: what a plain float64 sum of a million loses shows.
+    logits = np.zeros((10**6, 2))
+    logits[:, 1] = np.where(np.arange(10**6) % 2, -2.25, -6.9)
+    target = np.zeros(10**6, int)
+    each = crossent.cross_entropy(logits, target, reduction="none")
+    pair = [float(each[0]), float(each[1])]
+    # Half a million times each, in one rounding: 500,000 has 19 bits, so long double holds it.
+    exact = np.float64(np.longdouble(500_000) * (np.longdouble(pair[0]) + np.longdouble(pair[1])))
+    total = crossent.cross_entropy(logits, target, reduction="sum")
+    assert abs(total - exact) <= np.spacing(exact)
