@@ -171,8 +171,9 @@ def test_dtype(dtype, kept, solver):
         assert array.dtype == np.dtype(kept)
 
 
-def test_the_memory_order_of_x_does_not_change_a_bit(digits):
-    X, y = digits
+@pytest.mark.parametrize("data", ["digits", "tumours"])
+def test_the_memory_order_of_x_does_not_change_a_bit(data, request):
+    X, y = request.getfixturevalue(data)
     wide = np.repeat(X, 2, axis=1)
     coef = SoftmaxClassifier().fit(X, y).coef_
     for same in (np.asfortranarray(X), wide[:, ::2]):
