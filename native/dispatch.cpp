@@ -68,7 +68,7 @@ const Isa& current() {
 // One thread's scratch. Small slots stay for the next call; a large one goes with its thread's
 // task, so that one huge row does not keep its memory for ever.
 struct Scratch {
-  static constexpr int kSlots = 6;
+  static constexpr int kSlots = 7;
   static constexpr int64_t kKeep = int64_t{16} << 20;
   struct Slot {
     void* data = nullptr;

@@ -53,13 +53,6 @@ CROSSENT_INLINE void store_wide(double* p, Wide x) {
   store(p + kHalf, x.high);
 }
 
-int exponent(double x) {  // of a number, as ilogb, but cheap; 0 for 0
-  if (x == 0) return 0;
-  uint64_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
-}
-
 template <class S>
 class Tiles {
   using Type = typename S::Type;

@@ -8,7 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
-#include <limits>
+#include <utility>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -52,6 +52,10 @@ View view_of(const A& array) {
   view.outer_stride = array.stride(0) * size;
   view.class_stride = array.stride(1) * size;
   view.inner_stride = array.stride(2) * size;
+  if (view.inner == 1) {  // one axis of rows is the inner one, also where it came first
+    std::swap(view.outer, view.inner);
+    std::swap(view.outer_stride, view.inner_stride);
+  }
   return view;
 }
 
@@ -100,7 +104,11 @@ void run_released(const RowJob& job) {
     Interrupts interrupts;
     outcome = run(job, poll_signals, &interrupts);
   }
-  if (outcome == Outcome::kCancelled) throw nb::python_error();
+  if (outcome == Outcome::kCancelled) {
+    // A signal handler that forked leaves the child without the other threads' share (parallel.h).
+    if (!PyErr_Occurred()) throw std::runtime_error("the call was cut short by a fork");
+    throw nb::python_error();
+  }
   if (outcome == Outcome::kOutOfMemory) throw std::bad_alloc();
 }
 

@@ -22,7 +22,7 @@ struct View {
   int64_t outer_stride = 0, class_stride = 0, inner_stride = 0;
 
   char* row(int64_t i) const {
-    if (inner == 1) return data + i * outer_stride;  // a division takes as long as a short row
+    if (outer == 1) return data + i * inner_stride;  // a division takes as long as a short row
     const int64_t o = i / inner;
     return data + o * outer_stride + (i - o * inner) * inner_stride;
   }

@@ -53,8 +53,6 @@ struct Float16 {
 #endif
 };
 
-template <Dtype>
-struct Stored;
 template <class Number>
 struct StoredPlain {
   using Type = Number;
@@ -65,10 +63,6 @@ struct StoredPlain {
   static void stream(Type* p, V x) { ::crossent::CROSSENT_ISA::stream(p, x); }
   static constexpr bool kStreams = true;
 };
-template <>
-struct Stored<Dtype::kFloat32> : StoredPlain<float> {};
-template <>
-struct Stored<Dtype::kFloat64> : StoredPlain<double> {};
 template <class Format>
 struct StoredHalf {
   using Type = uint16_t;
@@ -79,10 +73,27 @@ struct StoredHalf {
   static void stream(Type* p, V x) { store(p, x); }
   static constexpr bool kStreams = false;
 };
+
+template <Dtype>
+struct StoredAs;
 template <>
-struct Stored<Dtype::kFloat16> : StoredHalf<Float16> {};
+struct StoredAs<Dtype::kFloat16> {
+  using type = StoredHalf<Float16>;
+};
 template <>
-struct Stored<Dtype::kBFloat16> : StoredHalf<BFloat16> {};
+struct StoredAs<Dtype::kBFloat16> {
+  using type = StoredHalf<BFloat16>;
+};
+template <>
+struct StoredAs<Dtype::kFloat32> {
+  using type = StoredPlain<float>;
+};
+template <>
+struct StoredAs<Dtype::kFloat64> {
+  using type = StoredPlain<double>;
+};
+template <Dtype dtype>
+using Stored = typename StoredAs<dtype>::type;
 
 // The first n lanes from p (1 <= n <= L), `fill` in the others; the first n lanes to p.
 template <class S>
@@ -141,23 +152,21 @@ CROSSENT_INLINE void store_first(double* p, int n, D x) {
 }
 #endif
 template <>
-inline __attribute__((always_inline)) F load_part<Stored<Dtype::kFloat32>>(const float* p, int n,
-                                                                           float fill) {
+inline __attribute__((always_inline)) F load_part<StoredPlain<float>>(const float* p, int n,
+                                                                      float fill) {
   return load_first(p, n, fill);
 }
 template <>
-inline __attribute__((always_inline)) D load_part<Stored<Dtype::kFloat64>>(const double* p, int n,
-                                                                           double fill) {
+inline __attribute__((always_inline)) D load_part<StoredPlain<double>>(const double* p, int n,
+                                                                       double fill) {
   return load_first(p, n, fill);
 }
 template <>
-inline __attribute__((always_inline)) void store_part<Stored<Dtype::kFloat32>>(float* p, int n,
-                                                                               F x) {
+inline __attribute__((always_inline)) void store_part<StoredPlain<float>>(float* p, int n, F x) {
   store_first(p, n, x);
 }
 template <>
-inline __attribute__((always_inline)) void store_part<Stored<Dtype::kFloat64>>(double* p, int n,
-                                                                               D x) {
+inline __attribute__((always_inline)) void store_part<StoredPlain<double>>(double* p, int n, D x) {
   store_first(p, n, x);
 }
 #endif
