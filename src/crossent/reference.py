@@ -103,7 +103,7 @@ def loss(logits: ArrayLike, plan: RowPlan) -> Any:
     each = loss_rows(logits, plan)  # (N,)
     if plan.reduction == "none":
         return each.reshape(plan.rows_shape)[()]
-    return sum(each, start=cast(0.0, each.dtype)[()]) if each.dtype.kind == "O" else each.sum()
+    return each.sum()
 
 
 @quiet
