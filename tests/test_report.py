@@ -165,15 +165,19 @@ def test_names_are_escaped(tmp_path):
 
 def test_contributions_name_the_features_that_misled(tmp_path):
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(0, 0.1, (100, 2)), np.zeros((100, 1))], axis=1)
-    y = np.arange(100) % 2
-    x[:, 1] += 10 * y
-    x[::10, 1] = 10 * (1 - y[::10])  # feature x1 tells the class, but in every tenth row lies
+    x, y = rng.normal(size=(1200, 12)), np.arange(1200) % 2
+    x[:, 2] = 0
+    x[:, 1] = 10 * y
+    x[::15, 1] = 10 * (1 - y[::15])  # feature x1 tells the class, but in every 15th row it lies
     _, page = page_of(tmp_path, x, y)
     reasons = [row[4] for row in page.tables[-2][1:]]
     assert reasons
     assert all(reason.startswith("x1 = ") for reason in reasons)
-    assert not any("x2" in reason for reason in reasons)  # constant
+    assert not any("x2 " in reason for reason in reasons)  # constant
+    for reason in reasons:
+        shown = [float(number) for number in re.findall(r"\(([+-].*?)\)", reason)]
+        assert shown == sorted(shown, reverse=True)
+        assert len(shown) == 4
 
 
 def test_no_mistake_and_no_convergence_are_said(tmp_path):
@@ -182,8 +186,11 @@ def test_no_mistake_and_no_convergence_are_said(tmp_path):
     assert "Every test row is classified correctly." in page.text
     assert "No class is taken for another." in page.text
     assert "Not converged. The fit stopped after 1 iterations" in page.text
+    assert "What to do: raise --max-iter." in page.text
     _, page = page_of(tmp_path, x, y, force=True)
     assert "Not converged" not in page.text
+    _, page = page_of(tmp_path, x, y, force=True, tol=0.0)
+    assert "no step lowers the loss further, a --tol of" in page.text
 
 
 def test_tables_escape_every_cell():

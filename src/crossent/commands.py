@@ -92,8 +92,12 @@ def train(
     ] = None,
     max_iter: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 1000,
     tol: Annotated[
-        float, typer.Option(help="Converged when no entry of the gradient is larger.")
-    ] = 1e-6,
+        float | None,
+        typer.Option(
+            help="Converged when no entry of the gradient is larger (1e-6 if not given; images of "
+            "bytes 1e-5)."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="New folder (crossent-DATA if not given)."),

@@ -16,6 +16,7 @@ from crossent.model_file import SavedModel
 from crossent.report_confusion import confusion_section
 from crossent.report_figures import picture, reliability_chart, training_chart
 from crossent.report_html import percent, scrollable, table
+from crossent.training_metrics import not_converged_advice
 
 EXAMPLES = 12
 CONTRIBUTIONS = 4
@@ -131,7 +132,7 @@ def _warning(metrics: dict[str, Any]) -> str:
         '<p class="warning"><b>Not converged.</b> The fit stopped after '
         f"{fit['iterations']} iterations with a largest gradient entry of "
         f"{fit['gradient_norm']:.1e}, above the tolerance of {fit['tol']:g}. "
-        "Train again with a larger <code>--max-iter</code>.</p>"
+        f"What to do: {escape(not_converged_advice(fit))}.</p>"
     )
 
 

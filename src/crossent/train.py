@@ -18,7 +18,7 @@ from crossent.metrics import calibration, evaluate
 from crossent.output import new_folder, require_new_folder
 from crossent.report import ReportData, write_report
 from crossent.scaling import fit_scaling
-from crossent.training_metrics import training_metrics
+from crossent.training_metrics import not_converged_advice, training_metrics
 
 if TYPE_CHECKING:
     from crossent.sklearn import FitProgress, SoftmaxClassifier
@@ -56,7 +56,7 @@ class TrainSettings:
     scale: str | None = None
     C: float | None = None
     max_iter: int = 1000
-    tol: float = 1e-6
+    tol: float | None = None
     output: Path | None = None
     force: bool = False
 
@@ -88,13 +88,14 @@ def train(settings: TrainSettings, console: Console) -> Path:
     train_features, train_labels = dataset.features[train_rows], dataset.labels[train_rows]
     scaling = fit_scaling(scale, train_features, dataset.pixel_max)
     C = dataset.default_c if settings.C is None else settings.C
+    tol = dataset.default_tol if settings.tol is None else settings.tol
     console.print(
         f"{dataset.name}: {len(train_rows)} training rows, {len(test_rows)} test rows, "
         f"{len(dataset.feature_names)} features, {len(dataset.classes)} classes\n"
         f"scale {scale}, C {C:g}, seed {settings.seed}"
     )
     scaled = scaling(train_features).astype(dataset.dtype, copy=False)
-    classifier, fit = _fit(settings, C, scaled, train_labels, console)
+    classifier, fit = _fit(scaled, train_labels, C, tol, settings.max_iter, console)
     model = model_file.SavedModel(
         coef=classifier.coef_.astype(np.float64),
         intercept=classifier.intercept_.astype(np.float64),
@@ -115,7 +116,7 @@ def train(settings: TrainSettings, console: Console) -> Path:
 
 
 def _fit(
-    settings: TrainSettings, C: float, features: Any, labels: Any, console: Console
+    features: Any, labels: Any, C: float, tol: float, max_iter: int, console: Console
 ) -> "tuple[SoftmaxClassifier, dict[str, Any]]":
     """Return the fitted classifier and what metrics.json says about the fit."""
     from sklearn.exceptions import ConvergenceWarning
@@ -127,8 +128,8 @@ def _fit(
         warnings.simplefilter("always", ConvergenceWarning)
         classifier = SoftmaxClassifier(
             C=C,
-            tol=settings.tol,
-            max_iter=settings.max_iter,
+            tol=tol,
+            max_iter=max_iter,
             callback=_progress(console, status.update),
         )
         try:
@@ -138,8 +139,8 @@ def _fit(
     last = classifier.history_[-1]
     return classifier, {
         "C": C if math.isfinite(C) else None,  # JSON has no infinity
-        "tol": settings.tol,
-        "max_iter": settings.max_iter,
+        "tol": tol,
+        "max_iter": max_iter,
         "iterations": last.iteration,
         "converged": not any(issubclass(each.category, ConvergenceWarning) for each in caught),
         "objective": last.objective,
@@ -188,7 +189,7 @@ def _write(folder: Path, force: bool, report: ReportData) -> None:
 
 def _summary(metrics: dict[str, Any], folder: Path) -> str:
     fit, test = metrics["fit"], metrics["test"]
-    ended = "converged" if fit["converged"] else "not converged (raise --max-iter)"
+    ended = "converged" if fit["converged"] else f"not converged ({not_converged_advice(fit)})"
     return (
         f"{ended} after {fit['iterations']} iterations, {fit['seconds']:.1f} s\n"
         f"test accuracy {test['accuracy']:.2%}, loss {test['loss']:.4f}, "

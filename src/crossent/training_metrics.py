@@ -58,6 +58,13 @@ def training_metrics(
     }
 
 
+def not_converged_advice(fit: dict[str, Any]) -> str:
+    """Return what to do about a fit that ended above its tolerance."""
+    if fit["iterations"] >= fit["max_iter"]:
+        return "raise --max-iter"
+    return f"no step lowers the loss further, a --tol of {fit['gradient_norm']:.0e} is in reach"
+
+
 def _on_test(names: list[str], on_test: Evaluation, calibration: Calibration) -> dict[str, Any]:
     rows, predicted, correct = on_test.class_counts()
     total = len(on_test.labels)
