@@ -166,13 +166,13 @@ def test_a_model_of_images(tmp_path, run):
 
 def test_nothing_is_overwritten_unless_told(iris, run, tmp_path):
     out, table = tmp_path / "out", tmp_path / "p.csv"
-    train = ("train", iris / "iris.csv", "--target", "kind", "-o", out, "-q")
+    train = ("train", iris / "iris.csv", "--target", "kind", "-o", out)
     predict = ("predict", out, iris / "iris.csv", "-o", table)
     for arguments, path in ((train, out / "metrics.json"), (predict, table)):
         assert run(*arguments)[0] == 0
         path.write_text("old")
-        status, _, err = run(*arguments)
-        assert (status, path.read_text()) == (2, "old")
+        status, printed, err = run(*arguments)
+        assert (status, printed, path.read_text()) == (2, "", "old")  # before any fit
         assert "exists already" in err
         assert "--force" in err
         assert run(*arguments, "--force")[0] == 0
