@@ -372,6 +372,7 @@ def test_an_out_that_overlaps_an_input():
         ({"input": x, "target": Y}, shifted),
         ({"input": x, "target": Y}, x[::-1]),
         ({"input": x[:, ::-1], "target": Y}, x),
+        ({"input": x[:, :6], "target": Y % 6}, x[:, :6].T),
         ({"input": X, "target": distribution}, distribution),
         ({"input": X, "target": Y, "weight": weights[2]}, weights),
         ({"input": X, "target": Y, "sample_weight": weights[:, 1]}, weights),

@@ -403,8 +403,9 @@ def test_defaults_pass_as_they_are():
 @pytest.mark.parametrize("name", ["ignore_index", "label_smoothing", "z_loss", "logit_scale"])
 def test_a_default_given_in_another_type_is_still_checked(name):
     default = getattr(Options(), name)
-    with pytest.raises(TypeError, match=re.escape(f"{name} must be")):
-        crossent.cross_entropy(X, Y, **{name: str(default)})
+    for other in (str(default), bool(default)):  # True == 1.0 and False == 0.0
+        with pytest.raises(TypeError, match=re.escape(f"{name} must be")):
+            crossent.cross_entropy(X, Y, **{name: other})
     assert crossent.cross_entropy(X, Y, **{name: np.array(default)}) == crossent.cross_entropy(X, Y)
 
 
