@@ -5,7 +5,7 @@ import os
 import pytest
 
 from crossent.errors import InputError
-from crossent.output import new_file, new_folder
+from crossent.output import new_file, new_folder, unused
 
 OURS = frozenset({"a", "b"})
 
@@ -104,3 +104,11 @@ def test_places_that_cannot_be_written(tmp_path, open_new):
             open_new(parent / "x", False).__enter__()
     with pytest.raises(InputError, match="/proc"):
         open_new(type(tmp_path)("/proc/x"), False).__enter__()
+
+
+def test_an_unused_name_counts_on_from_what_exists(tmp_path):
+    folder = tmp_path / "crossent-digits"
+    assert unused(folder) == folder
+    folder.mkdir()
+    (tmp_path / "crossent-digits-2").symlink_to("nowhere")  # a dangling link is in use too
+    assert unused(folder) == tmp_path / "crossent-digits-3"

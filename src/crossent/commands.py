@@ -100,7 +100,11 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="New folder (crossent-DATA if not given)."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="New folder (if not given crossent-DATA, numbered where that exists).",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,

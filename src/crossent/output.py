@@ -38,6 +38,15 @@ def require_new_folder(folder: Path, force: bool, ours: frozenset[str]) -> None:
         )
 
 
+def unused(folder: Path) -> Path:
+    """Return `folder`, or the first of ``folder-2``, ``folder-3``, … where it exists already."""
+    tried, number = folder, 1
+    while os.path.lexists(tried):
+        number += 1
+        tried = folder.with_name(f"{folder.name}-{number}")
+    return tried
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path, force: bool, ours: frozenset[str]) -> Iterator[Path]:
     """Yield a hidden sibling of `folder` to fill, and give it that name if the block succeeds."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from crossent import data, model_file
 from crossent.errors import InputError, first_line
 from crossent.metrics import calibration, evaluate
-from crossent.output import new_folder, require_new_folder
+from crossent.output import new_folder, require_new_folder, unused
 from crossent.report import ReportData, write_report
 from crossent.scaling import fit_scaling
 from crossent.training_metrics import not_converged_advice, training_metrics
@@ -42,7 +42,7 @@ class TrainSettings:
     C, max_iter, tol
         As in `crossent.sklearn.SoftmaxClassifier`.
     output : Path, optional
-        New folder; `crossent-<data>` if not given.
+        New folder; if not given `crossent-<data>`, with a number where that exists already.
     force : bool
         Whether an older folder of ours may be replaced.
     """
@@ -82,6 +82,8 @@ def train(settings: TrainSettings, console: Console) -> Path:
     """
     dataset = data.load(settings.source, settings.target, settings.data_dir, settings.drop)
     folder = settings.output or Path(f"crossent-{dataset.name}")
+    if not settings.output and not settings.force:
+        folder = unused(folder)
     require_new_folder(folder, settings.force, FILES)
     train_rows, test_rows = data.split(dataset, settings.test_size, settings.seed)
     scale = settings.scale or dataset.default_scale
