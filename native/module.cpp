@@ -125,55 +125,73 @@ void require_in_range(const int64_t* target, int64_t n, int64_t n_classes, int64
   require(scan.first_bad < 0, "target out of range");
 }
 
-// What the loss and the Hessian-vector product have in common: the plan of rows.py.
-void set_plan(RowJob& job, const std::optional<Numbers<int64_t>>& target,
-              const std::optional<Numbers<double>>& target_prob,
-              const std::optional<ReadOnly>& distribution,
-              const std::optional<Numbers<double>>& class_weight,
-              const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
-              const std::optional<Numbers<double>>& upstream) {
-  const int64_t n = job.n_rows, V = job.logits.classes;
-  job.skip = nb::cast<int64_t>(numbers[0]);
-  job.on = nb::cast<double>(numbers[1]);
-  job.off = nb::cast<double>(numbers[2]);
-  job.divisor = nb::cast<double>(numbers[3]);
-  job.z_loss = nb::cast<double>(numbers[4]);
-  job.logit_scale = nb::cast<double>(numbers[5]);
-  job.softcap = nb::cast<double>(numbers[6]);
-  job.upstream_all = nb::cast<double>(numbers[7]);
-  job.class_weight = rows_of(class_weight, V, "expected one weight for each class");
-  job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
-  job.upstream = rows_of(upstream, n, "expected one upstream gradient for each row");
-  if (distribution) {
-    job.kind = Target::kDistribution;
-    job.distribution = view_like(*distribution, job.logits, "expected the logits' shape");
-    job.round_target = job.logits.dtype != Dtype::kFloat64;
-  } else if (target_prob) {
-    job.kind = Target::kSparse;
-    require(target && target->size() == target_prob->size(), "expected one id a probability");
-    job.n_ids = n ? static_cast<int64_t>(target->size()) / n : 0;
-    require(job.n_ids * n == static_cast<int64_t>(target->size()), "expected K ids a row");
-    job.target = target->data();
-    job.target_prob = target_prob->data();
-    for (int64_t k = 0; k < job.n_ids * n; k++)
-      require(job.target[k] >= -1 && job.target[k] < V, "class id out of range");
-  } else {
-    job.kind = Target::kIndex;
-    job.target = rows_of(target, n, "expected one target for each row");
-    require(job.target != nullptr, "expected a target");
-    require_in_range(job.target, n, V, job.skip);
-  }
-}
+// The plan of rows.py, as backends.py lists it; it keeps the arrays alive during the call.
+struct Plan {
+  std::optional<Numbers<int64_t>> target;
+  std::optional<Numbers<double>> target_prob, class_weight, row_weight, upstream;
+  std::optional<ReadOnly> distribution;
 
-nb::tuple cross_entropy(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& target,
-                        const std::optional<Numbers<double>>& target_prob,
-                        const std::optional<ReadOnly>& distribution,
-                        const std::optional<Numbers<double>>& class_weight,
-                        const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
-                        const std::optional<Numbers<double>>& upstream,
+  Plan(RowJob& job, const nb::tuple& list) {
+    require(list.size() == 14, "expected a plan of 14 entries");
+    take(list[0], target);
+    take(list[1], target_prob);
+    take(list[2], distribution);
+    take(list[3], class_weight);
+    take(list[4], row_weight);
+    job.skip = nb::cast<int64_t>(list[5]);
+    job.on = nb::cast<double>(list[6]);
+    job.off = nb::cast<double>(list[7]);
+    job.divisor = nb::cast<double>(list[8]);
+    job.z_loss = nb::cast<double>(list[9]);
+    job.logit_scale = nb::cast<double>(list[10]);
+    job.softcap = nb::cast<double>(list[11]);
+    job.upstream_all = nb::cast<double>(list[12]);
+    take(list[13], upstream);
+    set_rows(job);
+    set_target(job);
+  }
+
+ private:
+  template <class A>
+  static void take(nb::handle entry, std::optional<A>& array) {
+    if (!entry.is_none()) array = nb::cast<A>(entry, false);
+  }
+
+  void set_rows(RowJob& job) const {
+    job.class_weight =
+        rows_of(class_weight, job.logits.classes, "expected one weight for each class");
+    job.row_weight = rows_of(row_weight, job.n_rows, "expected one weight for each row");
+    job.upstream = rows_of(upstream, job.n_rows, "expected one upstream gradient for each row");
+  }
+
+  void set_target(RowJob& job) const {
+    const int64_t n = job.n_rows, V = job.logits.classes;
+    if (distribution) {
+      job.kind = Target::kDistribution;
+      job.distribution = view_like(*distribution, job.logits, "expected the logits' shape");
+      job.round_target = job.logits.dtype != Dtype::kFloat64;
+    } else if (target_prob) {
+      job.kind = Target::kSparse;
+      require(target && target->size() == target_prob->size(), "expected one id a probability");
+      job.n_ids = n ? static_cast<int64_t>(target->size()) / n : 0;
+      require(job.n_ids * n == static_cast<int64_t>(target->size()), "expected K ids a row");
+      job.target = target->data();
+      job.target_prob = target_prob->data();
+      for (int64_t k = 0; k < job.n_ids * n; k++)
+        require(job.target[k] >= -1 && job.target[k] < V, "class id out of range");
+    } else {
+      job.kind = Target::kIndex;
+      job.target = rows_of(target, n, "expected one target for each row");
+      require(job.target != nullptr, "expected a target");
+      require_in_range(job.target, n, V, job.skip);
+    }
+  }
+};
+
+nb::tuple cross_entropy(const ReadOnly& logits, const nb::tuple& list,
                         const std::optional<Array>& out) {
   RowJob job = job_for(logits);
-  set_plan(job, target, target_prob, distribution, class_weight, row_weight, numbers, upstream);
+  const Plan plan(job, list);
   if (out) job.out = view_like(*out, job.logits, "expected out of the logits' shape");
   if (out) require(job.out.dtype == job.logits.dtype, "expected out of the logits' dtype");
   nb::object losses = new_array<double>(job.n_rows, &job.loss);
@@ -181,14 +199,9 @@ nb::tuple cross_entropy(const ReadOnly& logits, const std::optional<Numbers<int6
   return nb::make_tuple(losses, sum(job.loss, job.n_rows));
 }
 
-void hvp(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& target,
-         const std::optional<Numbers<double>>& target_prob,
-         const std::optional<ReadOnly>& distribution,
-         const std::optional<Numbers<double>>& class_weight,
-         const std::optional<Numbers<double>>& row_weight, nb::tuple numbers,
-         const std::optional<Numbers<double>>& upstream, const ReadOnly& vector, const Array& out) {
+void hvp(const ReadOnly& logits, const nb::tuple& list, const ReadOnly& vector, const Array& out) {
   RowJob job = job_for(logits);
-  set_plan(job, target, target_prob, distribution, class_weight, row_weight, numbers, upstream);
+  const Plan plan(job, list);
   job.task = Task::kHvp;
   job.vector = view_like(vector, job.logits, "expected a vector of the logits' shape");
   job.out = view_like(out, job.logits, "expected out of the logits' shape");
@@ -243,14 +256,9 @@ nb::tuple scan(const Numbers<int64_t>& target, int64_t n_classes, int64_t skip,
 
 NB_MODULE(_native, m) {
   using namespace crossent;
-  m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "target"_a.noconvert().none(),
-        "target_prob"_a.noconvert().none(), "distribution"_a.noconvert().none(),
-        "class_weight"_a.noconvert().none(), "row_weight"_a.noconvert().none(), "numbers"_a,
-        "upstream"_a.noconvert().none(), "out"_a.noconvert().none());
-  m.def("hvp", hvp, "logits"_a.noconvert(), "target"_a.noconvert().none(),
-        "target_prob"_a.noconvert().none(), "distribution"_a.noconvert().none(),
-        "class_weight"_a.noconvert().none(), "row_weight"_a.noconvert().none(), "numbers"_a,
-        "upstream"_a.noconvert().none(), "vector"_a.noconvert(), "out"_a.noconvert());
+  m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "plan"_a,
+        "out"_a.noconvert().none());
+  m.def("hvp", hvp, "logits"_a.noconvert(), "plan"_a, "vector"_a.noconvert(), "out"_a.noconvert());
   m.def("softmax", softmax, "logits"_a.noconvert(), "out"_a.noconvert(), "log"_a, "logit_scale"_a);
   m.def("stats", stats, "logits"_a.noconvert(), "target"_a.noconvert().none(),
         "row_weight"_a.noconvert().none(), "skip"_a, "logit_scale"_a, "softcap"_a);

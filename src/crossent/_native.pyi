@@ -4,27 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 def cross_entropy(
-    logits: NDArray[Any],
-    target: NDArray[np.int64] | None,
-    target_prob: NDArray[np.float64] | None,
-    distribution: NDArray[Any] | None,
-    class_weight: NDArray[np.float64] | None,
-    row_weight: NDArray[np.float64] | None,
-    numbers: tuple[Any, ...],
-    upstream: NDArray[np.float64] | None,
-    out: NDArray[Any] | None,
+    logits: NDArray[Any], plan: tuple[Any, ...], out: NDArray[Any] | None
 ) -> tuple[NDArray[np.float64], float]: ...
 def hvp(
-    logits: NDArray[Any],
-    target: NDArray[np.int64] | None,
-    target_prob: NDArray[np.float64] | None,
-    distribution: NDArray[Any] | None,
-    class_weight: NDArray[np.float64] | None,
-    row_weight: NDArray[np.float64] | None,
-    numbers: tuple[Any, ...],
-    upstream: NDArray[np.float64] | None,
-    vector: NDArray[Any],
-    out: NDArray[Any],
+    logits: NDArray[Any], plan: tuple[Any, ...], vector: NDArray[Any], out: NDArray[Any]
 ) -> None: ...
 def softmax(logits: NDArray[Any], out: NDArray[Any], log: bool, logit_scale: float) -> None: ...
 def stats(

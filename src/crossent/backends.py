@@ -62,10 +62,8 @@ class NativeBackend:
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
     ) -> tuple[NDArray[np.float64], float]:
-        losses, total = _native.cross_entropy(
-            _bits(logits), *_arguments(plan, upstream), None if out is None else _bits(out)
-        )
-        return losses, total
+        gradient = None if out is None else _bits(out)
+        return _native.cross_entropy(_bits(logits), _arguments(plan, upstream), gradient)
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         _native.softmax(_bits(logits), _bits(out), log, 1.0)
@@ -78,7 +76,7 @@ class NativeBackend:
         vector: NDArray[Any],
         out: NDArray[Any],
     ) -> None:
-        _native.hvp(_bits(logits), *_arguments(plan, upstream), _bits(vector), _bits(out))
+        _native.hvp(_bits(logits), _arguments(plan, upstream), _bits(vector), _bits(out))
 
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         row, _ = plan
@@ -94,8 +92,14 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
+    """Return the plan in the order in which the native module takes it apart."""
     row, distribution = plan
-    numbers = (
+    return (
+        None if distribution is not None else row.target,
+        row.target_prob,
+        None if distribution is None else _bits(distribution),
+        row.class_weight,
+        row.row_weight,
         row.skip,
         row.on,
         row.off,
@@ -104,14 +108,6 @@ def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
         row.logit_scale,
         row.softcap,
         upstream if isinstance(upstream, float) else 1.0,
-    )
-    return (
-        None if distribution is not None else row.target,
-        row.target_prob,
-        None if distribution is None else _bits(distribution),
-        row.class_weight,
-        row.row_weight,
-        numbers,
         None if isinstance(upstream, float) else upstream,
     )
 

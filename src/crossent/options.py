@@ -113,10 +113,11 @@ class _Number:
             )
         # The divisor is a count, kept exact: 2**24 + 1 tokens must not become 2**24.
         dtype = np.dtype(np.float64) if name == "divisor" else self.dtype
+        huge: Any = value
         try:
             given = float(value)
         except OverflowError:  # a huge Python integer or fraction
-            given = math.inf if value > 0 else -math.inf
+            given = math.inf if huge > 0 else -math.inf
         with np.errstate(over="ignore", under="ignore"):
             rounded = float(dtype.type(given))
         if not _RANGES[expected](given) or not _RANGES[expected](rounded):

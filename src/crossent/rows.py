@@ -135,7 +135,7 @@ def lower(
         padding_alone = (lowered < 0).all(axis=1)
         # A row of padding alone is dropped, like a row of weight 0.
         if padding_alone.any():
-            row_weight = ~padding_alone * (1.0 if row_weight is None else row_weight)
+            row_weight = np.where(padding_alone, 0.0, 1.0 if row_weight is None else row_weight)
     else:
         lowered = _as_target(where, target, rows_shape, n_classes)
         kind = "index" if lowered.dtype.kind == "i" else "distribution"
@@ -144,7 +144,7 @@ def lower(
 
     # The divisor of "mean" counts s_i·w_{y_i} for indices and s_i for distributions.
     if kind == "index":
-        lowered = np.require(lowered, requirements="CA").reshape(-1)
+        lowered = np.require(lowered, requirements=["C", "A"]).reshape(-1)
         bad, kept, weight_sum = _native.scan_targets(
             lowered, n_classes, options.ignore_index, row_weight, class_weight
         )
@@ -152,7 +152,8 @@ def lower(
             position = tuple(int(k) for k in np.unravel_index(bad, rows_shape))
             raise errors.target_out_of_range(where, position, int(lowered[bad]), n_classes)
     elif row_weight is None:
-        kept = weight_sum = math.prod(rows_shape)
+        kept = math.prod(rows_shape)
+        weight_sum = float(kept)
     else:
         kept, weight_sum = int(np.count_nonzero(row_weight)), math.fsum(row_weight)
 
@@ -168,7 +169,7 @@ def lower(
         on=1.0 - options.label_smoothing,
         off=options.label_smoothing / n_classes,
         row_weight=row_weight,
-        divisor=_divisor(kept, float(weight_sum), options),
+        divisor=_divisor(kept, weight_sum, options),
         z_loss=options.z_loss,
         logit_scale=options.logit_scale,
         softcap=options.softcap or 0.0,
