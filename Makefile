@@ -19,7 +19,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f \
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=python3.12 make ... chooses the Python of .venv; CXX=clang++ the compiler."
 
 .PHONY: train
@@ -88,3 +88,29 @@ $(VENV)/.stamp-lint: pyproject.toml $(VENV)/.stamp-venv
 	$(call begin,what the linters need)
 	@$(INSTALL) --group lint
 	$(end)
+
+# Robustness: docs/numerics.md says what these do and what they last gave.
+CHECKING := $(VENV)/.stamp-package $(VENV)/.stamp-test
+CASES ?= 1000000
+JOBS ?= $(shell nproc)
+WITH_CMAKE := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: sanitize
+sanitize: $(CHECKING) ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer (ARGS="-k softmax")
+	@$(WITH_CMAKE) sh tools/sanitize.sh $(ARGS)
+
+.PHONY: tsan
+tsan: $(CHECKING) ## kernels and thread pool under ThreadSanitizer
+	@$(WITH_CMAKE) cmake -S native/tests -B build/tsan -DCMAKE_BUILD_TYPE=Release \
+		-DPython_EXECUTABLE=$(CURDIR)/$(RUN) -DCROSSENT_SANITIZE=thread >build/tsan.log
+	@$(WITH_CMAKE) cmake --build build/tsan --target parallel_driver kernel_driver >>build/tsan.log
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/parallel_driver
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/kernel_driver
+
+.PHONY: fuzz
+fuzz: $(CHECKING) ## random calls against the exact answer (CASES=1000000)
+	@$(RUN) tools/fuzz --cases $(CASES) --jobs $(JOBS) $(ARGS)
+
+.PHONY: faults
+faults: $(CHECKING) ## one-line faults, each of which a test must notice (ARGS="general.cpp")
+	@$(WITH_CMAKE) $(RUN) tools/faults.py $(ARGS)

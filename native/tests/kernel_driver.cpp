@@ -1,0 +1,225 @@
+// Runs jobs of every kind from several threads at once and compares their bits with the same jobs
+// run alone, on each instruction set. Meant for ThreadSanitizer: make tsan.
+//
+//   kernel_driver [rounds]      on the first difference a line and exit status 1
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../dispatch.h"
+#include "../parallel.h"
+
+namespace {
+
+using namespace crossent;
+
+// Where the numbers of a (rows, V) array lie.
+enum class Layout { kPlain, kStrided, kInner, kReversed };
+
+// An array of any dtype filled with float bits rounded to it, and its view.
+struct Buffer {
+  std::vector<char> bytes;
+  View view;
+
+  Buffer(Dtype dtype, int64_t rows, int64_t classes, Layout layout) {
+    const int64_t size = size_of(dtype);
+    const int64_t step = layout == Layout::kStrided ? 2 : 1;
+    bytes.assign(static_cast<size_t>(rows * classes * step * size), 0);
+    view.dtype = dtype;
+    view.classes = classes;
+    view.data = bytes.data();
+    if (layout == Layout::kInner) {  // the class axis first
+      view.outer = 1, view.inner = rows;
+      view.outer_stride = rows * classes * size;
+      view.class_stride = rows * size, view.inner_stride = size;
+    } else {
+      view.outer = rows, view.inner = 1;
+      view.class_stride = step * size, view.inner_stride = size;
+      view.outer_stride = classes * step * size;
+    }
+    if (layout == Layout::kReversed) {
+      view.data += (rows - 1) * view.outer_stride;
+      view.outer_stride = -view.outer_stride;
+    }
+  }
+
+  void fill(std::mt19937& random, double size) {
+    std::normal_distribution<double> normal(0, size);
+    const int64_t n = view.outer * view.inner;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < view.classes; j++)
+        put(view.row(i) + j * view.class_stride, normal(random));
+  }
+
+ private:
+  void put(char* at, double x) const {
+    const float f = static_cast<float>(x);
+    if (view.dtype == Dtype::kFloat64) return void(std::memcpy(at, &x, 8));
+    if (view.dtype == Dtype::kFloat32) return void(std::memcpy(at, &f, 4));
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint16_t half = static_cast<uint16_t>(bits >> 16);  // bfloat16, cut off
+    if (view.dtype == Dtype::kFloat16) {                // sign, exponent less 112, 10 bits
+      const int exponent = static_cast<int>((bits >> 23) & 0xff) - 112;
+      const int kept = exponent < 1 ? 0 : exponent > 30 ? 30 : exponent;
+      half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (kept << 10) | (bits >> 13 & 0x3ff));
+    }
+    std::memcpy(at, &half, 2);
+  }
+};
+
+// One job with the memory it reads and writes.
+struct Work {
+  std::string name;
+  RowJob job;
+  Buffer logits, out, vector, distribution;
+  std::vector<int64_t> target, argmax, rank;
+  std::vector<double> prob, class_weight, row_weight, upstream, loss, lse, logprob, entropy;
+
+  Work(Task task, Target kind, Dtype dtype, Layout layout, int64_t rows, int64_t classes, int seed)
+      : logits(dtype, rows, classes, layout),
+        out(dtype, rows, classes, layout),
+        vector(dtype, rows, classes, layout),
+        distribution(dtype, rows, classes, layout) {
+    std::mt19937 random(static_cast<unsigned>(seed));
+    const auto numbers = [&](int64_t n) {
+      std::vector<double> x(static_cast<size_t>(n));
+      for (double& v : x) v = std::uniform_real_distribution<double>(0.1, 2)(random);
+      return x;
+    };
+    logits.fill(random, seed % 3 ? 3 : 300);
+    vector.fill(random, 1);
+    distribution.fill(random, 1);
+    const int64_t n_ids = kind == Target::kSparse ? 3 : 1;
+    for (int64_t i = 0; i < rows * n_ids; i++)
+      target.push_back(static_cast<int64_t>(random() % static_cast<uint64_t>(classes)));
+    prob = numbers(rows * n_ids);
+    class_weight = numbers(classes);
+    row_weight = numbers(rows);
+    row_weight[0] = 0;
+    upstream = numbers(rows);
+    loss = lse = logprob = entropy = numbers(rows);
+    argmax.assign(static_cast<size_t>(rows), -2);
+    rank = argmax;
+
+    name = "task " + std::to_string(static_cast<int>(task)) + ", target " +
+           std::to_string(static_cast<int>(kind)) + ", dtype " +
+           std::to_string(static_cast<int>(dtype)) + ", layout " +
+           std::to_string(static_cast<int>(layout)) + ", " + std::to_string(rows) + " x " +
+           std::to_string(classes) + ", seed " + std::to_string(seed);
+    job.task = task;
+    job.kind = kind;
+    job.n_rows = rows;
+    job.logits = logits.view;
+    if (task != Task::kStats) job.out = out.view;
+    job.vector = vector.view;
+    job.distribution = distribution.view;
+    job.target = target.data();
+    job.n_ids = n_ids;
+    job.target_prob = prob.data();
+    job.skip = target[static_cast<size_t>(rows - 1)];
+    job.divisor = 7;
+    if (task == Task::kLoss || task == Task::kHvp) {
+      job.row_weight = row_weight.data();
+      job.upstream = upstream.data();
+      job.loss = task == Task::kLoss ? loss.data() : nullptr;
+      if (seed % 2) job.class_weight = class_weight.data();
+      if (seed % 3 == 1) job.on = 0.9, job.off = 0.1 / static_cast<double>(classes);
+      if (seed % 5 == 1) job.z_loss = 1e-3;
+      if (seed % 5 == 2) job.softcap = 30;
+    }
+    if (task == Task::kStats) {
+      job.logsumexp = lse.data();
+      job.target_logprob = logprob.data();
+      job.entropy = entropy.data();
+      job.argmax = argmax.data();
+      job.target_rank = rank.data();
+    }
+  }
+  Work(const Work&) = delete;
+
+  std::string serve() {
+    if (run(job, nullptr, nullptr) != Outcome::kDone) return "not done";
+    std::string bits(out.bytes.begin(), out.bytes.end());
+    for (const auto* x : {&loss, &lse, &logprob, &entropy})
+      bits.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(double));
+    for (const auto* x : {&argmax, &rank})
+      bits.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(int64_t));
+    return bits;
+  }
+};
+
+struct Kind {
+  Task task;
+  Target target;
+};
+constexpr Kind kKinds[] = {
+    {Task::kLoss, Target::kIndex},      {Task::kLoss, Target::kDistribution},
+    {Task::kLoss, Target::kSparse},     {Task::kSoftmax, Target::kNone},
+    {Task::kLogSoftmax, Target::kNone}, {Task::kStats, Target::kIndex},
+    {Task::kHvp, Target::kIndex},       {Task::kHvp, Target::kDistribution},
+};
+constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
+constexpr Layout kLayouts[] = {Layout::kPlain, Layout::kStrided, Layout::kInner, Layout::kReversed};
+// Many short rows, rows of a few vectors, and one longer than a block and than a task.
+constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {3, 40000}};
+
+// Every kind of job; `turn` varies shapes and options over dtypes and layouts.
+std::vector<Work*> all_work(int turn) {
+  std::vector<Work*> works;
+  int seed = turn;
+  for (const Kind& kind : kKinds)
+    for (const Dtype dtype : kDtypes)
+      for (const Layout layout : kLayouts) {
+        const auto& shape = kShapes[seed % 3];
+        works.push_back(
+            new Work(kind.task, kind.target, dtype, layout, shape[0], shape[1], seed++));
+      }
+  return works;
+}
+
+// Four threads share the jobs out and set the number of threads all the while.
+int race(const std::vector<Work*>& works, const std::vector<std::string>& alone) {
+  std::atomic<size_t> next{0};
+  std::atomic<int> wrong{0};
+  const auto serve = [&](int number) {
+    for (size_t k; (k = next++) < works.size();) {
+      set_num_threads(1 + (number + static_cast<int>(k)) % 4);
+      if (works[k]->serve() != alone[k]) {
+        std::fprintf(stderr, "other bits among threads: %s\n", works[k]->name.c_str());
+        wrong++;
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int number = 0; number < 4; number++) threads.emplace_back(serve, number);
+  for (std::thread& thread : threads) thread.join();
+  return wrong;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
+  size_t jobs = 0;
+  for (const std::string& isa : available_isas())
+    for (int turn = 0; turn < rounds; turn++) {
+      set_isa(isa);
+      const std::vector<Work*> works = all_work(turn);
+      std::vector<std::string> alone;
+      set_num_threads(1);
+      for (Work* work : works) alone.push_back(work->serve());
+      if (race(works, alone)) return 1;
+      for (Work* work : works) delete work;
+      jobs += works.size();
+    }
+  std::printf("kernel_driver: %zu jobs, the same bits alone and among threads\n", jobs);
+}

@@ -1,0 +1,105 @@
+"""What a list of one-line faults (faults.toml) showed that no other test noticed."""
+
+import numpy as np
+import pytest
+
+import crossent
+from crossent import reference
+from crossent.options import Options
+from crossent.rows import lower
+
+V = 67  # more classes than one row a lane serves, and a tail
+
+
+def rows_of(n_rows, dtype, n_classes=V):
+    return np.random.default_rng(5).normal(0, 3, (n_rows, n_classes)).astype(dtype)
+
+
+def test_without_a_target_no_row_is_ignored():
+    logits = rows_of(4, np.float32)
+    stats = crossent.cross_entropy_stats(logits, ignore_index=0)
+    np.testing.assert_array_equal(stats.argmax, logits.argmax(axis=1))
+
+
+def test_a_dropped_row_beside_a_divisor_of_zero():
+    logits, target = rows_of(2, np.float64), [3, -100]
+    plan = lower("test", logits.shape, 1, logits.dtype, target, Options(divisor=0))
+    exact = reference.grad(logits, plan)
+    found = crossent.cross_entropy_value_and_grad(logits, target, divisor=0).grad
+    np.testing.assert_array_equal(exact, found)
+    assert np.isnan(found[0]).all()
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_row_weights_of_any_size(dtype, isa):
+    weights = np.ldexp(1.0, [0, 40, 57, 90, -40, -90, -120]).astype(dtype)
+    logits = rows_of(len(weights), dtype) * 8
+    logits[:, 7::9] = -np.inf
+    target = np.arange(len(weights))
+    options = {"sample_weight": weights, "reduction": "none"}
+    found = crossent.cross_entropy_value_and_grad(logits, target, **options)
+    plan = lower("test", logits.shape, 1, np.dtype(dtype), target, Options(**options))
+    exact = reference.grad(logits.astype(np.longdouble), plan)
+    assert not found.grad[:, 7::9].any()
+    unit = np.maximum(np.spacing(np.abs(exact).astype(dtype)), np.finfo(dtype).smallest_subnormal)
+    assert (np.abs(found.grad - exact) <= 4 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_streamed_rows_of_any_alignment(dtype, isa):
+    n_rows, n_classes = 1100, 1031  # past 4 MiB, where the output is written past the caches
+    logits, target = rows_of(n_rows, dtype, n_classes), np.arange(n_rows) % n_classes
+    expected = [
+        crossent.cross_entropy_value_and_grad(logits[i : i + 1], target[i : i + 1]).grad[0]
+        for i in (0, 1, 2, 3, n_rows - 1)
+    ]
+    for by in (1, 3):
+        room = np.full(logits.size + 32, 7, dtype)
+        out = room[by : by + logits.size].reshape(logits.shape)
+        crossent.cross_entropy_value_and_grad(logits, target, reduction="sum", out=out)
+        np.testing.assert_array_equal(out[[0, 1, 2, 3, -1]], expected)
+        assert (room[:by] == 7).all()
+        assert (room[by + logits.size :] == 7).all()
+
+
+def test_bfloat16_ties_round_to_even(isa):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    logits = np.full((2, V), -np.inf, ml_dtypes.bfloat16)
+    logits[:, 3:5] = 0  # p is exactly one half
+    weights = 2 * np.float32([1 + 2**-8, 1 + 3 * 2**-8])
+    options = {"sample_weight": weights, "reduction": "sum"}
+    grad = crossent.cross_entropy_value_and_grad(logits, [3, 3], **options).grad
+    np.testing.assert_array_equal(grad[:, 4].astype(float), [1, 1 + 2**-6])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_strided_row_that_the_general_kernel_serves(dtype, isa):
+    logits, target = rows_of(5, dtype), np.arange(5)
+    big, small = 2.0**70, 2.0**-68
+    options = {"sample_weight": [1, big, 1, big, 1], "reduction": "none"}
+    options["grad_output"] = [1, small, 1, small, 1]
+    plain = crossent.cross_entropy_value_and_grad(logits, target, **options)
+    out = np.asfortranarray(np.full_like(logits, np.nan))
+    strided = crossent.cross_entropy_value_and_grad(logits, target, **options, out=out)
+    assert np.isfinite(plain.grad).all()
+    np.testing.assert_array_equal(strided.grad, plain.grad)
+
+
+def test_a_confident_distribution(isa):
+    logits, one_hot = np.zeros((1, V)), np.zeros((1, V))
+    logits[0, 11], one_hot[0, 11] = 50, 1
+    grad = crossent.cross_entropy_value_and_grad(logits, one_hot).grad
+    index = crossent.cross_entropy_value_and_grad(logits, [11]).grad
+    np.testing.assert_allclose(grad, index, rtol=12 * np.finfo(float).eps, atol=0)
+
+
+def test_targets_are_rounded_to_the_compute_dtype(isa):
+    logits = rows_of(3, np.float32)
+    target = np.random.default_rng(6).dirichlet(np.ones(V), 3)
+    found = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
+    rounded = crossent.cross_entropy_value_and_grad(
+        logits, target.astype(np.float32), reduction="none"
+    )
+    np.testing.assert_array_equal(found.grad, rounded.grad)
+    np.testing.assert_array_equal(found.loss, rounded.loss)

@@ -1,0 +1,52 @@
+#!/bin/sh
+# The tests of native code, and some fuzzing, under AddressSanitizer and UndefinedBehaviorSanitizer.
+#
+#   tools/sanitize.sh [pytest arguments]        make sanitize ARGS="-k softmax"
+#
+# The build and an environment for it lie under build/asan: packages come from .venv, crossent from
+# here. FUZZ_CASES (default 20000) sets how much is fuzzed, CMAKE_BUILD_PARALLEL_LEVEL the compilers.
+set -eu
+cd "$(dirname "$0")/.."
+root=$PWD venv=$PWD/.venv at=$PWD/build/asan
+PATH=$venv/bin:$PATH # where cmake is, if the system has none
+python=$venv/bin/python
+
+cmake -S . -B "$at/cmake" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$python" \
+  -DCROSSENT_SANITIZE=address,undefined >"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
+cmake --build "$at/cmake" >>"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
+
+# An environment of its own, so that the Python processes a test starts are checked as well. Its
+# .pth file names .venv's packages without running the .pth files there (crossent's editable hook).
+[ -x "$at/venv/bin/python" ] || "$python" -m venv --without-pip "$at/venv"
+rm -rf "$at/site"
+mkdir -p "$at/site"
+cp -R src/crossent "$at/site/"
+cmake --install "$at/cmake" --prefix "$at/site" >>"$at.log"
+site='import sysconfig; print(sysconfig.get_path("purelib"))'
+{
+  echo "$at/site"
+  "$python" -c "$site"
+} >"$("$at/venv/bin/python" -c "$site")/crossent.pth"
+
+# The interpreter is not instrumented, so the runtimes must come first; libstdc++ with them, so that
+# they find the exceptions they intercept.
+compiler=${CXX:-c++}
+LD_PRELOAD=
+for library in libasan.so libubsan.so libstdc++.so; do
+  LD_PRELOAD="$LD_PRELOAD $("$compiler" -print-file-name=$library)"
+done
+export LD_PRELOAD
+# Leaks are not looked for: an interpreter frees little of what it holds when it ends.
+export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1:allocator_may_return_null=1
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export PYTHONMALLOC=malloc PYTHONDONTWRITEBYTECODE=1
+
+"$at/venv/bin/python" - <<'PYTHON'
+import crossent._native
+assert "build/asan" in crossent._native.__file__, crossent._native.__file__
+PYTHON
+cd "$root"
+"$at/venv/bin/python" -m pytest -q -p no:cacheprovider tests \
+  --ignore-glob='tests/test_sklearn*' --ignore-glob='tests/test_cli*' \
+  --ignore-glob='tests/test_report*' --ignore-glob='tests/test_maths*' "$@"
+"$at/venv/bin/python" tools/fuzz --cases "${FUZZ_CASES:-20000}" --jobs 1
