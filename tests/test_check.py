@@ -15,7 +15,7 @@ from rich.console import Console
 import crossent
 from crossent import _native
 from crossent.accuracy import compare, computed, measure, truths, ulp
-from crossent.check import check
+from crossent.cli.check import check
 from crossent.hard_cases import Case, index_cases, option_cases, special_case
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")

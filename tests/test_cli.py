@@ -313,7 +313,9 @@ def test_help_loads_no_heavy_module():
 @pytest.mark.parametrize("module", ["typer", "polars"])
 def test_a_missing_extra_is_named(run, monkeypatch, tmp_path, module):
     for name in list(sys.modules):
-        if name.startswith(("crossent.commands", "crossent.predict", "crossent.tables")):
+        if name.startswith(
+            ("crossent.cli.commands", "crossent.cli.predict", "crossent.cli.tables")
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
@@ -329,7 +331,7 @@ def test_logits_may_begin_with_a_minus_sign(run):
 
 
 def test_the_exit_status_of_check(run, monkeypatch):
-    import crossent.check
+    import crossent.cli.check
 
     for agreed in (True, False):
         asked = []
@@ -338,7 +340,7 @@ def test_the_exit_status_of_check(run, monkeypatch):
             asked.append(quick)
             return agreed
 
-        monkeypatch.setattr(crossent.check, "check", check)
+        monkeypatch.setattr(crossent.cli.check, "check", check)
         assert run("check", "--quick")[0] == (0 if agreed else 1)
         assert asked == [True]
 

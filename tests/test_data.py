@@ -12,10 +12,10 @@ pytest.importorskip("sklearn")
 import polars as pl
 from sklearn.datasets import load_digits
 
-from crossent import data
-from crossent.errors import InputError
-from crossent.labels import encode_labels
-from crossent.scaling import KINDS, fit_scaling
+from crossent.cli import data
+from crossent.cli.errors import InputError
+from crossent.cli.labels import encode_labels
+from crossent.cli.scaling import KINDS, fit_scaling
 
 RNG = np.random.default_rng(0)
 
@@ -251,7 +251,5 @@ def test_scaling_refuses_what_it_cannot_hold():
     with pytest.raises(InputError, match="feature 2 of row 1 is -1e\\+308"):
         fit_scaling("standard", wide, None)(wide)
     scaling = fit_scaling("none", wide, None)
-    with pytest.raises(
-        InputError, match=r"feature 2 of row 2 is 1e\+101, more than 1e\+100"
-    ):
+    with pytest.raises(InputError, match=r"feature 2 of row 2 is 1e\+101, more than 1e\+100"):
         scaling(np.array([[0, 1], [0, 1e101]]))

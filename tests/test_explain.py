@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from crossent.explain import explain
+from crossent.cli.explain import explain
 
 
 def printed(logits, target, width=80):

@@ -6,9 +6,9 @@ import pytest
 pytest.importorskip("sklearn")
 from sklearn.metrics import confusion_matrix, log_loss
 
-from crossent.metrics import calibration, confusions, evaluate, wilson_interval
-from crossent.model_file import SavedModel
-from crossent.scaling import Scaling
+from crossent.cli.metrics import calibration, confusions, evaluate, wilson_interval
+from crossent.cli.model_file import SavedModel
+from crossent.cli.scaling import Scaling
 
 RNG = np.random.default_rng(0)
 

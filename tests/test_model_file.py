@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("safetensors")
 from safetensors.numpy import save_file
 
-from crossent.errors import InputError
-from crossent.model_file import ARRAYS, SavedModel, load, save
-from crossent.scaling import Scaling
+from crossent.cli.errors import InputError
+from crossent.cli.model_file import ARRAYS, SavedModel, load, save
+from crossent.cli.scaling import Scaling
 
 RNG = np.random.default_rng(0)
 MODEL = SavedModel(

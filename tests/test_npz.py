@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from crossent import npz
-from crossent.errors import InputError
-from crossent.npz import read_arrays
+from crossent.cli import npz
+from crossent.cli.errors import InputError
+from crossent.cli.npz import read_arrays
 
 
 def header(shape, descr="<f8"):

@@ -202,7 +202,9 @@ def test_a_target_out_of_range(shape, axis, at, value, call):
 
 
 def test_the_first_target_out_of_range_is_named_also_in_a_dropped_row():
-    message = "target[1] is 7, but there are 3 classes (0 to 2); use ignore_index=7 to skip such rows"
+    message = (
+        "target[1] is 7, but there are 3 classes (0 to 2); use ignore_index=7 to skip such rows"
+    )
     refuse(IndexError, message, X, [0, 7, 9, 1])
     refuse(IndexError, message, X, [0, 7, 9, 1], sample_weight=0)
 
@@ -215,9 +217,7 @@ def test_one_class_is_spoken_of_as_one():
 def test_a_huge_unsigned_target_does_not_wrap():
     value = 2**64 - 100  # −100 in int64
     target = np.array([0, 1, value, 2], np.uint64)
-    message = (
-        f"target[2] is {value}, but there are 3 classes (0 to 2); convert it to a signed dtype first"
-    )
+    message = f"target[2] is {value}, but there are 3 classes (0 to 2); convert it to a signed dtype first"
     for ignore_index in (-100, 2**63 - 1):
         refuse(IndexError, message, X, target, ignore_index=ignore_index)
 

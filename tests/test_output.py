@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from crossent.errors import InputError
-from crossent.output import new_file, new_folder, unused
+from crossent.cli.errors import InputError
+from crossent.cli.output import new_file, new_folder, unused
 
 OURS = frozenset({"a", "b"})
 

@@ -14,8 +14,8 @@ pytest.importorskip("sklearn")
 from matplotlib.image import imread
 from rich.console import Console
 
-from crossent.report_html import percent, table
-from crossent.train import TrainSettings, train
+from crossent.cli.report_html import percent, table
+from crossent.cli.train import TrainSettings, train
 
 EVIL = "<script>alert(\"x\")</script> & 'more'"
 VOID = {"meta", "img", "source", "br"}

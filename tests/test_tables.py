@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("polars")
 import polars as pl
 
-from crossent.errors import InputError
-from crossent.tables import feature_matrix, read_table
+from crossent.cli.errors import InputError
+from crossent.cli.tables import feature_matrix, read_table
 
 
 @pytest.fixture

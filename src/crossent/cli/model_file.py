@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError, existing_file, first_line
-from crossent.labels import Label
-from crossent.scaling import Scaling
+from crossent.cli.errors import InputError, existing_file, first_line
+from crossent.cli.labels import Label
+from crossent.cli.scaling import Scaling
 
 FILE_NAME = "model.safetensors"
 FORMAT_VERSION = 1

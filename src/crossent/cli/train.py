@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from crossent import data, model_file
-from crossent.errors import InputError, first_line
-from crossent.metrics import calibration, evaluate
-from crossent.output import new_folder, require_new_folder, unused
-from crossent.report import ReportData, write_report
-from crossent.scaling import fit_scaling
-from crossent.training_metrics import not_converged_advice, training_metrics
+from crossent.cli import data, model_file
+from crossent.cli.errors import InputError, first_line
+from crossent.cli.metrics import calibration, evaluate
+from crossent.cli.output import new_folder, require_new_folder, unused
+from crossent.cli.report import ReportData, write_report
+from crossent.cli.scaling import fit_scaling
+from crossent.cli.training_metrics import not_converged_advice, training_metrics
 
 if TYPE_CHECKING:
     from crossent.sklearn import FitProgress, SoftmaxClassifier
@@ -35,9 +35,9 @@ class TrainSettings:
     Parameters
     ----------
     source, target, data_dir, drop
-        As in `crossent.data.load`.
+        As in `crossent.cli.data.load`.
     test_size, seed
-        As in `crossent.data.split`.
+        As in `crossent.cli.data.split`.
     scale : {"standard", "minmax", "pixel", "none"}, optional
     C, max_iter, tol
         As in `crossent.sklearn.SoftmaxClassifier`.

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent import model_file, npz, softmax, tables
-from crossent.data import image_rows
-from crossent.errors import InputError, first_line
-from crossent.labels import class_name
-from crossent.output import new_file
+from crossent import softmax
+from crossent.cli import model_file, npz, tables
+from crossent.cli.data import image_rows
+from crossent.cli.errors import InputError, first_line
+from crossent.cli.labels import class_name
+from crossent.cli.output import new_file
 
 if TYPE_CHECKING:
     import polars as pl

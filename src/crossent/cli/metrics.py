@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossent import cross_entropy, softmax
-from crossent.labels import Codes
-from crossent.model_file import SavedModel
+from crossent.cli.labels import Codes
+from crossent.cli.model_file import SavedModel
 
 Floats = NDArray[np.float64]
 ECE_BINS = 15

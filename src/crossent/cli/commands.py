@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from crossent.errors import InputError
+from crossent.cli.errors import InputError
 
 app = typer.Typer(
     help="A softmax layer on your data: train, predict, explain, check.",
@@ -112,8 +112,8 @@ def train(
     """Fit a softmax layer; write the model, its metrics and a report to a new folder."""
     from rich.console import Console
 
-    from crossent.train import TrainSettings
-    from crossent.train import train as run
+    from crossent.cli.train import TrainSettings
+    from crossent.cli.train import train as run
 
     settings = TrainSettings(
         source=data,
@@ -147,7 +147,7 @@ def predict(
     force: Annotated[bool, typer.Option("--force", help="Replace an older file.")] = False,
 ) -> None:
     """Apply a saved model: class and probabilities, one row a line."""
-    from crossent.predict import predict as run
+    from crossent.cli.predict import predict as run
 
     run(model, file, output, force)
 
@@ -160,7 +160,7 @@ def explain(
     """Work one example through: softmax, loss, Jacobian, chain rule, gradient."""
     from rich.console import Console
 
-    from crossent.explain import explain as run
+    from crossent.cli.explain import explain as run
 
     try:
         numbers = [float(number) for number in logits.split(",")]
@@ -181,7 +181,7 @@ def check(
     """Compare the installed kernels with the reference on this machine; exit 1 on a mismatch."""
     from rich.console import Console
 
-    from crossent.check import check as run
+    from crossent.cli.check import check as run
 
     if not run(console=Console(highlight=False), quick=quick):
         raise typer.Exit(1)

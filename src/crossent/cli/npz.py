@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError, existing_file, first_line, shortened
+from crossent.cli.errors import InputError, existing_file, first_line, shortened
 
 MAX_ARRAY_BYTES = 8 << 30
 # Deflate reaches 1000:1 on zeros; real data beyond this size stays far under 100:1.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent import idx, npz, tables
-from crossent.errors import InputError, shortened
-from crossent.labels import Codes, Label, class_name, encode_labels
+from crossent.cli import idx, npz, tables
+from crossent.cli.errors import InputError, shortened
+from crossent.cli.labels import Codes, Label, class_name, encode_labels
 
 if TYPE_CHECKING:
     import polars as pl

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError
+from crossent.cli.errors import InputError
 
 KINDS = ("standard", "minmax", "pixel", "none")
 MAX_SCALED = 1e100  # products with weights of any use stay far from overflow

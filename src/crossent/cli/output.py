@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from crossent.errors import InputError, first_line
+from crossent.cli.errors import InputError, first_line
 
 
 def require_new_folder(folder: Path, force: bool, ours: frozenset[str]) -> None:

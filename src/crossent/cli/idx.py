@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError, first_line
+from crossent.cli.errors import InputError, first_line
 
 FILES = {
     part: (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz")

@@ -17,7 +17,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from crossent.metrics import Calibration, wilson_interval
+from crossent.cli.metrics import Calibration, wilson_interval
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.metrics import Evaluation, confusions
-from crossent.report_figures import confusion_chart
-from crossent.report_html import percent, scrollable, table
+from crossent.cli.metrics import Evaluation, confusions
+from crossent.cli.report_figures import confusion_chart
+from crossent.cli.report_html import percent, scrollable, table
 
 MAX_TABLE_CLASSES = 20
 MAX_IMAGE_CLASSES = 1000

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.data import Dataset
-from crossent.labels import class_name
-from crossent.metrics import ECE_BINS, Calibration, Evaluation
-from crossent.model_file import SavedModel
-from crossent.report_confusion import confusion_section
-from crossent.report_figures import picture, reliability_chart, training_chart
-from crossent.report_html import percent, scrollable, table
-from crossent.training_metrics import not_converged_advice
+from crossent.cli.data import Dataset
+from crossent.cli.labels import class_name
+from crossent.cli.metrics import ECE_BINS, Calibration, Evaluation
+from crossent.cli.model_file import SavedModel
+from crossent.cli.report_confusion import confusion_section
+from crossent.cli.report_figures import picture, reliability_chart, training_chart
+from crossent.cli.report_html import percent, scrollable, table
+from crossent.cli.training_metrics import not_converged_advice
 
 EXAMPLES = 12
 CONTRIBUTIONS = 4
@@ -56,7 +56,7 @@ class ReportData:
 def write_report(report: ReportData, path: Path) -> None:
     """Write the page to a new file."""
     title = escape(f"{report.dataset.name} · crossent")
-    style = files("crossent").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("crossent.cli").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(
         [
             _header(report),

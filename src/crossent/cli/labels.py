@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError, rows_text
+from crossent.cli.errors import InputError, rows_text
 
 if TYPE_CHECKING:
     import polars as pl

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent.errors import InputError, existing_file, first_line, rows_text, shortened
+from crossent.cli.errors import InputError, existing_file, first_line, rows_text, shortened
 
 if TYPE_CHECKING:
     import polars as pl

@@ -40,7 +40,7 @@ def explain(logits: Sequence[float], target: int, *, console: Console) -> None:
     Examples
     --------
     >>> from rich.console import Console
-    >>> from crossent.explain import explain
+    >>> from crossent.cli.explain import explain
     >>> explain([2.0, 1.0, 0.1], 0, console=Console(width=80))  # doctest: +ELLIPSIS
     One example worked through: 3 classes, target class 0
     ...

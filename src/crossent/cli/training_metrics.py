@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from crossent.data import Dataset
-from crossent.labels import class_name
-from crossent.metrics import Calibration, Evaluation, confusions, wilson_interval
+from crossent.cli.data import Dataset
+from crossent.cli.labels import class_name
+from crossent.cli.metrics import Calibration, Evaluation, confusions, wilson_interval
 
 PACKAGES = ("crossent", "numpy", "scipy", "scikit-learn", "polars")
 

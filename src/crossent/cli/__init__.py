@@ -39,8 +39,8 @@ def main() -> None:
 def _run() -> int:
     import typer
 
-    from crossent.commands import app
-    from crossent.errors import InputError
+    from crossent.cli.commands import app
+    from crossent.cli.errors import InputError
 
     usage_error: Any = typer.BadParameter.__base__  # typer does not export it by name
     try:
