@@ -61,7 +61,17 @@ class Tiles {
   explicit Tiles(const RowJob& job)
       : job_(job),
         V_(job.logits.classes),
-        uniform_(!job.row_weight && !job.class_weight && !job.upstream) {}
+        uniform_(!job.row_weight && !job.class_weight && !job.upstream) {
+    const double r = 1 / job.divisor;
+    for (int k = 0; k < L; k++) {
+      target_[k] = 0;
+      kept_[k] = ~0u;
+      scale_[k] = r;
+      upstream_[k] = r * job.upstream_all;
+      uniform_fits_ = bias_for(scale_[k], upstream_[k], &bias_[k]);
+      if (!uniform_) bias_[k] = 0;  // a lane past the last row: anything harmless
+    }
+  }
 
   bool prepare() {
     e_ = static_cast<float*>(scratch(5, V_ * kBytes));
@@ -107,22 +117,27 @@ class Tiles {
   // Scales, targets and biases of the rows; those of lanes past n and of dropped rows are harmless.
   bool numbers(int64_t i, int n) {
     const bool index = job_.kind == Target::kIndex;
-    const double r = 1 / job_.divisor;
-    if (uniform_ && !bias_for(r, r * job_.upstream_all, &bias_[0])) return false;
-    for (int k = 0; k < L; k++) {
-      const int64_t row = i + (k < n ? k : 0);
-      kept_[k] = job_.dropped(row) ? 0 : ~0u;
-      const int64_t t = index && kept_[k] ? job_.target[row] : 0;
-      target_[k] = static_cast<uint32_t>(t);
-      if (uniform_) {
-        bias_[k] = bias_[0];
-        scale_[k] = r;
-        upstream_[k] = r * job_.upstream_all;
-        continue;
+    all_kept_ = true;
+    if (uniform_) {
+      for (int k = 0; index && k < n; k++) {
+        const int64_t t = job_.target[i + k];
+        const bool kept = t != job_.skip;
+        target_[k] = kept ? static_cast<uint32_t>(t) : 0;
+        kept_[k] = kept ? ~0u : 0;
+        all_kept_ &= kept;
       }
+      return uniform_fits_;
+    }
+    for (int k = 0; k < n; k++) {
+      const int64_t row = i + k;
+      const bool kept = !job_.dropped(row);
+      const int64_t t = index && kept ? job_.target[row] : 0;
       const double w = job_.class_weight && index ? job_.class_weight[t] : 1.0;
-      scale_[k] = kept_[k] ? job_.row_scale(row) * w : 0;
-      upstream_[k] = kept_[k] ? job_.row_scale(row) * job_.row_upstream(row) * w : 0;
+      target_[k] = static_cast<uint32_t>(t);
+      kept_[k] = kept ? ~0u : 0;
+      all_kept_ &= kept;
+      scale_[k] = kept ? job_.row_scale(row) * w : 0;
+      upstream_[k] = kept ? job_.row_scale(row) * job_.row_upstream(row) * w : 0;
       if (w == 0 || !bias_for(scale_[k], upstream_[k], &bias_[k])) return false;
     }
     return true;
@@ -137,19 +152,24 @@ class Tiles {
   }
 
   void read_rows(int64_t i, int n) {
-    for (int64_t j = 0; j < V_; j += L) {
-      const int count = V_ - j < L ? static_cast<int>(V_ - j) : L;
-      F x[L];
+    const Type* rows[L];
+    for (int k = 0; k < L; k++)
+      rows[k] = reinterpret_cast<const Type*>(job_.logits.row(i + (k < n ? k : 0)));
+    int64_t j = 0;
+    for (; j + L <= V_; j += L) read_square(rows, j, L);
+    if (j < V_) read_square(rows, j, static_cast<int>(V_ - j));
+  }
+
+  __attribute__((always_inline)) void read_square(const Type* const (&rows)[L], int64_t j,
+                                                  int count) {
+    F x[L];
 #pragma GCC unroll 16
-      for (int k = 0; k < L; k++) {
-        const auto* row = reinterpret_cast<const Type*>(job_.logits.row(i + (k < n ? k : 0))) + j;
-        x[k] = count == L ? S::load(row) : load_part<S>(row, count, 0.0f);
-      }
-      transpose(x);
+    for (int k = 0; k < L; k++)
+      x[k] = count == L ? S::load(rows[k] + j) : load_part<S>(rows[k] + j, count, 0.0f);
+    transpose(x);
 #pragma GCC unroll 16
-      for (int k = 0; k < L; k++)
-        if (k < count) store(e_ + (j + k) * L, x[k]);
-    }
+    for (int k = 0; k < L; k++)
+      if (k < count) store(e_ + (j + k) * L, x[k]);
   }
 
   static bool contiguous_lanes(const View& view) {
@@ -187,18 +207,23 @@ class Tiles {
   }
 
   void write_rows(int64_t i, int n) const {
-    for (int64_t j = 0; j < V_; j += L) {
-      const int count = V_ - j < L ? static_cast<int>(V_ - j) : L;
-      F x[L];
+    Type* rows[L];
+    for (int k = 0; k < n; k++) rows[k] = reinterpret_cast<Type*>(job_.out.row(i + k));
+    int64_t j = 0;
+    for (; j + L <= V_; j += L) write_square(rows, j, L, n);
+    if (j < V_) write_square(rows, j, static_cast<int>(V_ - j), n);
+  }
+
+  __attribute__((always_inline)) void write_square(Type* const (&rows)[L], int64_t j, int count,
+                                                   int n) const {
+    F x[L];
 #pragma GCC unroll 16
-      for (int k = 0; k < L; k++) x[k] = k < count ? load(e_ + (j + k) * L) : F{};
-      transpose(x);
+    for (int k = 0; k < L; k++) x[k] = k < count ? load(e_ + (j + k) * L) : F{};
+    transpose(x);
 #pragma GCC unroll 16
-      for (int k = 0; k < L; k++) {
-        if (k >= n) break;
-        auto* row = reinterpret_cast<Type*>(job_.out.row(i + k)) + j;
-        count == L ? S::store(row, x[k]) : store_part<S>(row, count, x[k]);
-      }
+    for (int k = 0; k < L; k++) {
+      if (k >= n) break;
+      count == L ? S::store(rows[k] + j, x[k]) : store_part<S>(rows[k] + j, count, x[k]);
     }
   }
 
@@ -313,7 +338,8 @@ class Tiles {
     const Wide m = widen(m_), z_t = widen(z_out_), s = beside_ + e_out_;
     // lse - z at the maximum: log1p(U / e_t) where that is the target, else log(S / e_m).
     const auto top_of = [](D u, D e_t, D s_, D e_m, D m_, D z) {
-      return log1p(select(m_ == z, u / e_t, s_ / e_m - 1.0));
+      const auto right = m_ == z;
+      return log1p(select(right, u, s_ - e_m) / select(right, e_t, e_m));
     };
     const Wide top = {top_of(beside_.low, e_out_.low, s.low, top_e_.low, m.low, z_t.low),
                       top_of(beside_.high, e_out_.high, s.high, top_e_.high, m.high, z_t.high)};
@@ -331,19 +357,24 @@ class Tiles {
       }
       if (c != 0) loss = loss + all(q * c) * lse * lse;
       loss = load_wide(scale_) * loss;
-      alignas(kBytes) double out[L];
-      store_wide(out, loss);
-      for (int k = 0; k < n; k++) job_.loss[i + k] = kept_[k] ? out[k] : 0;
+      if (n == L && all_kept_) {
+        store_wide(job_.loss + i, loss);
+      } else {
+        alignas(kBytes) double out[L];
+        store_wide(out, loss);
+        for (int k = 0; k < n; k++) job_.loss[i + k] = kept_[k] ? out[k] : 0;
+      }
     }
     if (!job_.out.data) return;
     const Wide coefficient = load_wide(upstream_) * all(tau), more = all(2 * c) * lse;
-    Wide at_target = all(-(on + off)) * (beside_ / s), factor = all(q);
+    const Wide share = all(1) / s;
+    Wide at_target = all(-(on + off)) * beside_ * share, factor = all(q);
     if (smooth || c != 0) {
       Wide rest = all(smooth ? (V_ - 1) * off : 0);
       if (c != 0) rest = rest + more * all(q), factor = factor + more * all(q);
-      at_target = at_target + (e_out_ / s) * rest;
+      at_target = at_target + e_out_ * share * rest;
     }
-    const Wide quotient = coefficient * factor / s;
+    const Wide quotient = coefficient * factor * share;
     if (smooth) {
       finish<true, true>(quotient, coefficient * all(off), coefficient * at_target);
     } else {
@@ -367,6 +398,7 @@ class Tiles {
   const RowJob& job_;
   const int64_t V_;
   const bool uniform_;  // one scale for all rows
+  bool uniform_fits_ = true, all_kept_ = true;
   float* e_ = nullptr;
   alignas(kBytes) uint32_t target_[L], kept_[L];
   alignas(kBytes) float bias_[L];

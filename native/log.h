@@ -26,7 +26,9 @@ CROSSENT_INLINE D log1p(D y) {
   series = fma(series, z, splat(1.0 / 5));
   series = fma(series, z, splat(1.0 / 3));
   const D mantissa = fma(2.0 * s * z, series, 2.0 * s);
-  const D result = fma((D)k - 0x1.8p52, splat(0.69314718055994531), mantissa + (y - (u - 1.0)) / u);
+  // What u lost matters near u = 1 alone, where dividing it by u changes nothing.
+  const D lost = select(u < 2.0, y - (u - 1.0), D{});
+  const D result = fma((D)k - 0x1.8p52, splat(0.69314718055994531), mantissa + lost);
   return select((y - y) == 0, result, y);  // infinity and NaN
 }
 
