@@ -34,12 +34,15 @@ def compute_name(dtype):
 
 
 def assert_within(got, exact, scale, bound, dtype, what):
-    """`bound` ulp of `scale` in the compute dtype, plus one rounding to a 16-bit dtype."""
+    """Assert `bound` ulp of `scale` in the compute dtype, and one rounding to a 16-bit dtype."""
     got, name = np.asarray(got).astype(WIDE), compute_name(dtype)
     allowed = bound * ulp(scale, name)
     if dtype.name in ("float16", "bfloat16"):
         allowed = allowed + ulp(np.abs(exact) + allowed, dtype.name) / 2
-    same = (got == exact) | ((got != got) & (exact != exact))
+    bits, least = BITS[dtype.name]
+    largest = np.ldexp(2 - WIDE(2) ** (1 - bits), 1 - least)
+    over = np.isinf(got) & (got * exact > 0) & (np.abs(exact) + allowed > largest)
+    same = (got == exact) | over | ((got != got) & (exact != exact))
     with np.errstate(invalid="ignore"):
         wrong = ~same & ~(np.abs(got - exact) <= allowed)
     if wrong.any():
@@ -294,6 +297,68 @@ def test_blocks_of_minus_infinity(dtype, isa):
     found = crossent.softmax(logits)
     assert not found[np.isneginf(logits)].any()
     np.testing.assert_array_equal(found[3, -1], 1)
+
+
+@pytest.mark.parametrize("offset", [-30000.0, -1000.0, 0.0, 1000.0])
+def test_blocks_at_different_heights(offset, dtype, isa):
+    n_classes = 10000
+    block = 2048 if dtype == np.float64 else 4096
+    logits = np.full((3, n_classes), offset) + rows_of(n_classes, 3, np.dtype(float)) / 40
+    deep = {"float64": 700.0, "float16": 9.0}.get(dtype.name, 84.0)
+    logits[0, block : 2 * block] -= deep  # p just above the least normal number
+    logits[1, :block] += deep
+    logits[2, :block] = -np.inf
+    logits = logits.astype(dtype)
+    target = np.array([block + 1, 0, n_classes - 1])
+    found = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
+    truth = Truth(logits, target, {"reduction": "none"})
+    truth.check(found, dtype, f"blocks about {offset}")
+    p = truth.t.p
+    assert_within(crossent.softmax(logits), p, p, 4, dtype, "softmax")
+
+
+def test_confident_rows_of_distributions(dtype, isa):
+    """Where p and q agree closely, the complements of both count."""
+    logits = np.zeros((4, 37), dtype)
+    logits[:, 5] = [12, 25, 50, 80]
+    for rest in (0.0, 1e-3, 1e-20, 1e-30):
+        target = np.full((4, 37), rest)
+        target[:, 5] = 1
+        found = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
+        Truth(logits, target, {"reduction": "none"}).check(found, dtype, f"1 beside {rest}")
+
+
+@pytest.mark.parametrize("row_weight", [1e-35, 1e-20, 1.0, 1e20, 1e35])
+@pytest.mark.parametrize("upstream", [1e-35, 1.0, 1e35])
+@pytest.mark.parametrize("options", [{}, {"weight": np.linspace(1e-5, 1e5, V)}], ids=["", "weight"])
+def test_scales_far_from_one(row_weight, upstream, options, isa):
+    """What goes in and out may be anything; only a result itself over- or underflows."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        logits, target = LOGITS.astype(dtype), TARGETS["index"][0]
+        given = {"sample_weight": row_weight, "grad_output": np.full(N, upstream)} | options
+        given["reduction"] = "none"
+        found = crossent.cross_entropy_value_and_grad(logits, target, **given)
+        Truth(logits, target, given).check(found, dtype, "far")
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_sixteen_bits_are_float32_rounded_once_to_nearest_even(name, isa):
+    if name == "bfloat16":
+        name = pytest.importorskip("ml_dtypes").bfloat16
+    dtype = np.dtype(name)
+    for n_classes in (2, 37, 300, 5000):
+        half = rows_of(n_classes, 64, dtype)
+        half[:32] = 0  # with these upstream gradients every entry for V = 2 is a tie
+        single, target = half.astype(np.float32), np.arange(64) % n_classes
+        upstream = 1 + np.arange(1, 129, 2) * {"float16": 2.0**-11}.get(dtype.name, 2.0**-8)
+        given = {"reduction": "none", "grad_output": upstream}
+        found = crossent.cross_entropy_value_and_grad(half, target, **given)
+        wide = crossent.cross_entropy_value_and_grad(single, target, **given)
+        np.testing.assert_array_equal(found.loss, wide.loss)
+        np.testing.assert_array_equal(found.grad, wide.grad.astype(dtype))
+        np.testing.assert_array_equal(
+            crossent.softmax(half), crossent.softmax(single).astype(dtype)
+        )
 
 
 # Second order and statistics ----------------------------------------------------------------------

@@ -104,6 +104,25 @@ def test_a_part_of_the_rows_alone(shape, dtype):
         assert found.grad.tobytes() == whole.grad[part].tobytes()
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_far_scales_among_others(order, dtype, isa):
+    # What a kernel in lanes of the compute dtype leaves to the general one.
+    logits, target, _ = problem(50, 131, dtype)
+    row_weight = np.where(np.arange(50) % 3, 1.0, 1e200 if dtype == np.float64 else 1e30)
+    given = {"sample_weight": row_weight, "reduction": "none"}
+    each = [
+        crossent.cross_entropy_value_and_grad(
+            logits[i : i + 1], target[i : i + 1], **given | {"sample_weight": row_weight[i]}
+        )
+        for i in range(50)
+    ]
+    x = np.array(logits, order=order)
+    for out in (np.full_like(x, 9), x):
+        found = crossent.cross_entropy_value_and_grad(x, target, **given, out=out)
+        assert found.loss.tobytes() == b"".join(one.loss.tobytes() for one in each)
+        assert found.grad.tobytes() == b"".join(one.grad.tobytes() for one in each)
+
+
 def test_other_rows_do_not_matter(dtype, isa):
     logits, target, _ = problem(64, 131, dtype)
     before = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")

@@ -1,4 +1,4 @@
-"""More than 2³¹ logits. Opt in with CROSSENT_TEST_HUGE=1: 6 GB of memory, and a minute or two of two idle cores."""
+"""More than 2³¹ logits, with CROSSENT_TEST_HUGE=1: 6 GB of memory, two minutes of two cores."""
 
 import os
 

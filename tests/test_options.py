@@ -217,7 +217,10 @@ def test_one_class_is_spoken_of_as_one():
 def test_a_huge_unsigned_target_does_not_wrap():
     value = 2**64 - 100  # −100 in int64
     target = np.array([0, 1, value, 2], np.uint64)
-    message = f"target[2] is {value}, but there are 3 classes (0 to 2); convert it to a signed dtype first"
+    message = (
+        f"target[2] is {value}, but there are 3 classes (0 to 2); "
+        "convert it to a signed dtype first"
+    )
     for ignore_index in (-100, 2**63 - 1):
         refuse(IndexError, message, X, target, ignore_index=ignore_index)
 
@@ -314,7 +317,8 @@ def test_weights_of_the_wrong_shape():
     for shape in ((3,), (4, 1), (4, 3)):
         refuse(
             ValueError,
-            f"sample_weight must have shape (4,), one for each row (or broadcast to it), got {shape}",
+            "sample_weight must have shape (4,), one for each row (or broadcast to it), "
+            f"got {shape}",
             X,
             Y,
             sample_weight=np.ones(shape),

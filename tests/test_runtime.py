@@ -207,16 +207,21 @@ def test_a_forked_child_uses_one_thread():
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("early", [True, False], ids=["imported by main", "imported by the worker"])
 @pytest.mark.parametrize(("environment", "threads"), [({}, 1), ({"CROSSENT_NUM_THREADS": "2"}, 2)])
-def test_a_worker_process_uses_one_thread(method, environment, threads, tmp_path):
+def test_a_worker_process_uses_one_thread(method, early, environment, threads, tmp_path):
     program = tmp_path / "program.py"  # a worker that is spawned reads it again
     program.write_text(
         textwrap.dedent(f"""
-            import multiprocessing, crossent
+            import multiprocessing
+            {"import crossent" if early else ""}
+
             def work(queue):
+                import crossent
                 queue.put(crossent.get_num_threads())
+
             if __name__ == "__main__":
-                crossent.set_num_threads(4)
+                {"crossent.set_num_threads(4)" if early else ""}
                 context = multiprocessing.get_context({method!r})
                 queue = context.Queue()
                 worker = context.Process(target=work, args=(queue,))

@@ -70,16 +70,9 @@ def read_environment() -> None:
                 "CROSSENT_NUM_THREADS", threads, f"an integer from 1 to {2**31 - 1}"
             )
             warnings.warn(text, stacklevel=2)
-    elif _is_worker():
+    # A spawned worker that imports us from its main module has its name, but no parent yet.
+    elif multiprocessing.current_process().name != "MainProcess":
         _native.set_num_threads(1)
-
-
-def _is_worker() -> bool:
-    # A spawned worker imports the main module, and us, when it has its name but no parent yet.
-    return (
-        multiprocessing.parent_process() is not None
-        or multiprocessing.current_process().name != "MainProcess"
-    )
 
 
 read_environment()
