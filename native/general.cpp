@@ -198,15 +198,20 @@ class General {
     scale_ = job_.logit_scale;
     if (job_.softcap == 0) return;
     const double cap = job_.softcap;
-    for (int64_t j = 0; j < padded_; j += L)
-      store(rows_.low + j, load(rows_.z + j) * (scale_ / cap));
+    // tanh and its slope are flat long before kFlat; past it the product could overflow and pass
+    // for an infinite logit.
+    const D flat = splat(kFlat);
+    for (int64_t j = 0; j < padded_; j += L) {
+      const D x = load(rows_.z + j) * scale_ / cap;
+      store(rows_.low + j, select(x > flat, flat, select(x < -flat, -flat, x)));
+    }
     tanh_row(rows_.low, rows_.e, rows_.slope, padded_);
     for (int64_t j = 0; j < padded_; j += L) {
-      const D x = load(rows_.low + j), t = load(rows_.e + j), s = load(rows_.slope + j);
-      const auto infinite = (x - x) != 0;  // an infinite v stays infinite, NaN stays NaN
-      store(rows_.z + j, select(infinite, x, cap * t));
+      const D v = load(rows_.z + j), t = load(rows_.e + j), s = load(rows_.slope + j);
+      const auto infinite = (v - v) != 0;  // an infinite v stays infinite, NaN stays NaN
+      store(rows_.z + j, select(infinite, v, cap * t));
       store(rows_.slope + j, select(infinite, D{}, s));
-      store(rows_.bend + j, select(infinite, D{}, -2 / cap * t * s));
+      store(rows_.bend + j, select(infinite, D{}, -2 * t * s / cap));
     }
     scale_ = 1;
   }
@@ -354,6 +359,7 @@ class General {
     }
   }
 
+  static constexpr double kFlat = 1000;
   // e is held times 2^kBias, out of reach of subnormals.
   static constexpr int kBias = 64;
 
