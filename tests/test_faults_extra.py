@@ -46,6 +46,17 @@ def test_row_weights_of_any_size(dtype, isa):
     assert (np.abs(found.grad - exact) <= 4 * unit).all()
 
 
+@pytest.mark.parametrize(("dtype", "low"), [(np.float32, -250), (np.float64, -1600)])
+def test_a_masked_block_beside_low_logits(dtype, low, isa):
+    logits = rows_of(1, dtype, 10000) + dtype(low)
+    logits[0, :4096] = -np.inf  # the first block and, of doubles, the second
+    for bare in (logits[:, 4096:], logits[:, 4090:]):
+        target = [bare.shape[1] - 1]
+        expected = crossent.cross_entropy(bare, target)
+        found = crossent.cross_entropy(logits, [9999])
+        np.testing.assert_allclose(found, expected, rtol=8 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_streamed_rows_of_any_alignment(dtype, isa):
     n_rows, n_classes = 1100, 1031  # past 4 MiB, where the output is written past the caches
