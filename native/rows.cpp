@@ -32,6 +32,9 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end);  // general.c
 
 namespace {
 
+// An output that no cache will hold is better written past it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
 // The rows of one storage type.
 template <class S>
 class Rows {
@@ -39,10 +42,14 @@ class Rows {
   using Type = typename S::Type;
   static constexpr int64_t kBlock = kBlockBytes / sizeof(T);
   static constexpr bool kPlain = sizeof(Type) == sizeof(T);
+  static constexpr int64_t kSize = sizeof(Type);
 
  public:
   explicit Rows(const RowJob& job)
-      : job_(job), V_(job.logits.classes), n_blocks_((V_ + kBlock - 1) / kBlock) {}
+      : job_(job),
+        V_(job.logits.classes),
+        n_blocks_((V_ + kBlock - 1) / kBlock),
+        streams_(S::kStreams && V_ * kSize >= 1024 && job.n_rows * V_ * kSize >= kStreamBytes) {}
 
   // False: no memory.
   bool prepare() {
@@ -186,26 +193,20 @@ class Rows {
   // out = e * coefficient / all - offset, but `value` at entry `at` (-1: none).
   void write(Type* out, Word all, double coefficient, double offset, int64_t at,
              double value) const {
-    const bool streaming = S::kStreams && V_ * int64_t{sizeof(Type)} >= 1024 && streams_;
     for (int64_t b = 0; b < n_blocks_; b++) {
       const int64_t begin = b * kBlock, n = V_ - begin < kBlock ? V_ - begin : kBlock;
       Finish<T> f(coefficient, all, blocks_[b].factor, offset);
       if (at >= begin && at < begin + n) f.at = at - begin, f.value = value;
-      finish_block<S>(e_ + begin, out + begin, n, f, streaming);
+      finish_block<S>(e_ + begin, out + begin, n, f, streams_);
     }
   }
 
   const RowJob& job_;
   const int64_t V_, n_blocks_;
+  const bool streams_;
   Block<T>* blocks_ = nullptr;
   T *e_ = nullptr, *numbers_ = nullptr;
-
- public:
-  bool streams_ = false;
 };
-
-// An output that no cache will hold is better written past it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 template <class S>
 void serve(const RowJob& job, int64_t begin, int64_t end) {
@@ -213,7 +214,6 @@ void serve(const RowJob& job, int64_t begin, int64_t end) {
   Rows<S> rows(job);
   Feed<Type> feed(job, 2);
   if (!rows.prepare() || !feed.prepare()) return report_out_of_memory(job);
-  rows.streams_ = job.n_rows * job.logits.classes * size_of(job.out.dtype) >= kStreamBytes;
   const int64_t V = job.logits.classes;
   for (int64_t i = begin; i < end; i = feed.next()) {
     feed.read(i, end);
@@ -236,7 +236,7 @@ void serve(const RowJob& job, int64_t begin, int64_t end) {
     }
     feed.write();
   }
-  if (rows.streams_) stream_fence();
+  stream_fence();
 }
 
 }  // namespace

@@ -235,8 +235,6 @@ def _as_target(
 ) -> NDArray[Any]:
     """Return int64 class indices or a floating array; the caller's own where that is possible."""
     array = errors.as_array(where, "target", target)
-    if array.dtype.char == "l" and array.dtype.isnative:
-        return array
     if array.dtype == np.int64 or array.dtype.kind == "f" or is_float(array.dtype):
         # An empty list of indices arrives as float64.
         if array.size == 0 and array.shape == rows_shape and not isinstance(target, np.ndarray):
