@@ -38,6 +38,9 @@ struct ExpConstants<double> {
       0x1.6c16c18438a89p-10, 0x1.a01a012a0e7e8p-13, 0x1.a01999e274b14p-16, 0x1.71df25b516d4cp-19,
       0x1.28ad9b7868661p-22, 0x1.ad7f3b22740dcp-26};
 };
+// The z-loss multiplies a row's gradient by 1 + 2 c lse. Above this the floor of exp could show in
+// it, and the row goes to general.cpp.
+constexpr double kMostZLoss = 0x1p20;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.69314718055994531;
 
 CROSSENT_INLINE F exp_tail(F r, F r2) {  // Q(r)

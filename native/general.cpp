@@ -232,7 +232,7 @@ class General {
       const auto finite = (h - h) == 0;
       const D low = select(finite, fma(tau, d, -h) + tau * error, D{});
       D e = exp.operator()<true>(h, low);
-      e = select(h == -kInfinity, D{}, e);
+      e = select(h < exp.lowest, D{}, e);  // the floor times a huge h would show in sums
       store(rows_.z + j, h);
       store(rows_.low + j, low);
       store(rows_.e + j, e);

@@ -98,7 +98,7 @@ class Tiles {
     }
     exponentials();
     if (job_.task == Task::kLoss) {
-      losses(i, n);
+      if (!losses(i, n)) return false;
     } else {
       probabilities();
     }
@@ -332,7 +332,7 @@ class Tiles {
     }
   }
 
-  void losses(int64_t i, int n) {
+  bool losses(int64_t i, int n) {
     const double tau = job_.logit_scale, c = job_.z_loss, on = job_.on, off = job_.off;
     const bool smooth = off != 0;
     const Wide m = widen(m_), z_t = widen(z_out_), s = beside_ + e_out_;
@@ -347,6 +347,8 @@ class Tiles {
     const Wide nll = each(m, z_t, below_of) + top;
     const Wide lse = all(tau) * m + top;
     const double q = on + V_ * off;
+    const Wide more = all(2 * c) * lse;
+    if (c != 0 && !within(more, kMostZLoss, n)) return false;
     if (job_.loss) {
       Wide loss = nll;
       if (smooth) {
@@ -365,8 +367,8 @@ class Tiles {
         for (int k = 0; k < n; k++) job_.loss[i + k] = kept_[k] ? out[k] : 0;
       }
     }
-    if (!job_.out.data) return;
-    const Wide coefficient = load_wide(upstream_) * all(tau), more = all(2 * c) * lse;
+    if (!job_.out.data) return true;
+    const Wide coefficient = load_wide(upstream_) * all(tau);
     const Wide share = all(1) / s;
     Wide at_target = all(-(on + off)) * beside_ * share, factor = all(q);
     if (smooth || c != 0) {
@@ -380,6 +382,16 @@ class Tiles {
     } else {
       finish<false, true>(quotient, quotient, coefficient * at_target);
     }
+    return true;
+  }
+
+  // No kept row's number beyond the limit?
+  bool within(Wide x, double limit, int n) const {
+    alignas(kBytes) double numbers[L];
+    store_wide(numbers, x);
+    bool good = true;
+    for (int k = 0; k < n; k++) good &= !kept_[k] || !(std::fabs(numbers[k]) > limit);
+    return good;
   }
 
   void probabilities() {

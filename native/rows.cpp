@@ -67,7 +67,8 @@ class Rows {
     return a <= top && b <= top && a - b < 20;
   }
 
-  void loss(int64_t i, const Type* z, Type* g) const {
+  // False, and nothing is written: not for lanes of T after all.
+  bool loss(int64_t i, const Type* z, Type* g) const {
     const double r = job_.row_scale(i), u = r * job_.row_upstream(i);
     const double w = weight(i);
     const int64_t t = job_.target[i];
@@ -86,6 +87,8 @@ class Rows {
     const double nll = below == 0 ? top : below + top;
     const double lse = scale * row.m + top, z_loss = job_.z_loss;
     const double q_t = job_.on + job_.off, q = job_.on + V_ * job_.off;
+    const double more = z_loss != 0 ? 2 * z_loss * lse : 0;
+    if (std::fabs(more) > kMostZLoss) return false;
     if (job_.loss) {
       // A class of weight 0 costs nothing, at -inf either; only a NaN comes through.
       double loss = w == 0 ? lse : nll;
@@ -93,13 +96,14 @@ class Rows {
       if (z_loss != 0) loss += q * z_loss * lse * lse;
       job_.loss[i] = r * w * loss;
     }
-    if (!g) return;
-    const double more = z_loss != 0 ? 2 * z_loss * lse : 0, coefficient = u * w * scale;
+    if (!g) return true;
+    const double coefficient = u * w * scale;
     const double others = smooth ? (V_ - 1) * job_.off : 0;  // the q beside the target's
     const double p_t = e_t / s;
     double at_target = -q_t * (u_mass / s);
     if (smooth || z_loss != 0) at_target += p_t * others + more * q * p_t;
     write(g, all, coefficient * (q + q * more), coefficient * job_.off, t, coefficient * at_target);
+    return true;
   }
 
   void softmax(const Type* z, Type* p) const {
@@ -227,9 +231,7 @@ void serve(const RowJob& job, int64_t begin, int64_t end) {
         rows.softmax(z, out);
       } else if (job.task == Task::kLogSoftmax) {
         rows.log_softmax(z, out);
-      } else if (rows.takes(k)) {
-        rows.loss(k, z, out);
-      } else {
+      } else if (!rows.takes(k) || !rows.loss(k, z, out)) {
         feed.leave(k);  // general writes its row itself
         serve_general(job, k, k + 1);
       }

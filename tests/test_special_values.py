@@ -243,3 +243,25 @@ def test_results_too_large_for_float32_are_infinite_in_silence():
     for reduction in ("mean", "sum", "none"):
         assert crossent.cross_entropy(logits, [1], reduction=reduction) == inf
     assert crossent.cross_entropy(logits, [1], sample_weight=-1, reduction="sum") == -inf
+
+
+@pytest.mark.parametrize("low", [-1e5, -1e300])
+def test_a_class_out_of_reach_has_no_part_in_the_entropy(isa, low):
+    stats = crossent.cross_entropy_stats(np.array([[0.0, low]]), [0])
+    assert stats.entropy[0] == 0
+    assert stats.logsumexp[0] == 0
+
+
+@pytest.mark.parametrize("n_classes", [4, 60])  # one row a lane, and one row after the other
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_masked_class_stays_at_0_under_a_huge_z_loss(isa, dtype, n_classes):
+    top = dtype(1e38 if dtype == np.float32 else 1e300)
+    logits = np.zeros((20, n_classes), dtype)
+    logits[3, 0], logits[3, 1] = -inf, top
+    _, grad = crossent.cross_entropy_value_and_grad(logits, np.full(20, 2), z_loss=10)
+    assert grad[3, 0] == 0
+    assert grad[3, 1] > 0
+    alone = crossent.cross_entropy_value_and_grad(
+        logits, np.full(20, 2), z_loss=10, sample_weight=1
+    )
+    np.testing.assert_array_equal(grad, alone.grad)
