@@ -46,6 +46,15 @@ def test_row_weights_of_any_size(dtype, isa):
     assert (np.abs(found.grad - exact) <= 4 * unit).all()
 
 
+@pytest.mark.parametrize(("dtype", "offset"), [(np.float32, 3e7), (np.float64, -1e12)])
+def test_an_offset_of_many_classes(dtype, offset, isa):
+    logits, target = rows_of(3, dtype) * 8 + dtype(offset), [0, 1, 2]
+    found = crossent.cross_entropy_value_and_grad(logits, target, reduction="sum").grad
+    plan = lower("test", logits.shape, 1, logits.dtype, target, Options(reduction="sum"))
+    exact = reference.grad(logits.astype(np.longdouble), plan)
+    assert (np.abs(found - exact) <= 4 * np.spacing(np.abs(exact).astype(dtype))).all()
+
+
 @pytest.mark.parametrize(("dtype", "low"), [(np.float32, -250), (np.float64, -1600)])
 def test_a_masked_block_beside_low_logits(dtype, low, isa):
     logits = rows_of(1, dtype, 10000) + dtype(low)
@@ -103,6 +112,29 @@ def test_a_confident_distribution(isa):
     grad = crossent.cross_entropy_value_and_grad(logits, one_hot).grad
     index = crossent.cross_entropy_value_and_grad(logits, [11]).grad
     np.testing.assert_allclose(grad, index, rtol=12 * np.finfo(float).eps, atol=0)
+
+
+def test_a_nearly_one_hot_distribution(isa):
+    logits, target = np.zeros((1, V)), np.full((1, V), 1e-20)
+    logits[0, 11], target[0, 11] = 100, 1
+    grad = crossent.cross_entropy_value_and_grad(logits, target).grad
+    np.testing.assert_allclose(grad[0, 11], 1e-20 * (V - 1), rtol=12 * np.finfo(float).eps)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masked_classes_have_no_part_in_the_entropy(dtype, isa):
+    logits = np.full((1, V), -np.inf, dtype)
+    logits[0, 5:9] = 2
+    np.testing.assert_allclose(crossent.cross_entropy_stats(logits).entropy, np.log(4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masked_classes_that_a_distribution_leaves_out(dtype, isa):
+    logits, target = np.full((1, V), -np.inf, dtype), np.zeros((1, V), dtype)
+    logits[0, 5:9], target[0, 5:7] = 2, 0.5
+    found = crossent.cross_entropy_value_and_grad(logits, target)
+    np.testing.assert_allclose(found.loss, np.log(4), rtol=1e-6)
+    assert np.isfinite(found.grad).all()
 
 
 def test_targets_are_rounded_to_the_compute_dtype(isa):

@@ -72,7 +72,7 @@ def caught(fault: dict[str, Any]) -> bool:
         status = pytest(fault["test"]) if built else None
     finally:
         path.write_text(whole)
-    verdict = {None: "does not compile", 0: "SURVIVED", 1: "caught", 124: "caught (hangs)"}
+    verdict = {None: "does not compile", 0: "SURVIVED", 1: "caught", 124: "DOES NOT END"}
     text = verdict.get(status, f"pytest exit status {status}")
     seconds = time.monotonic() - start
     name = fault["file"].rpartition("/")[2]

@@ -22,15 +22,14 @@ import time
 import numpy as np
 from worker import run
 
-SHOWN_OF_A_KIND = 3
 CRASHES = 20  # so many, and the rest of a process's seeds are left
 
 
-def report(seed: int, text: str, kinds: collections.Counter[str]) -> None:
+def report(seed: int, text: str, kinds: collections.Counter[str], shown: int) -> None:
     """Print a finding unless many like it have been printed."""
     kind = re.sub(r"[-+]?\d[\d.e+-]*|\(.*?\)", "#", text.splitlines()[0])[:80]
     kinds[kind] += 1
-    if kinds[kind] <= SHOWN_OF_A_KIND:
+    if kinds[kind] <= shown:
         print(f"python tools/fuzz --seed {seed} --cases 1 --show\n    {text}", flush=True)
 
 
@@ -40,6 +39,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--shown", type=int, default=3, help="findings of one kind to print")
     parser.add_argument("--show", action="store_true", help="print every call")
     options = parser.parse_args()
     start, kinds = time.monotonic(), collections.Counter[str]()
@@ -60,16 +60,16 @@ def main() -> int:
         worker, at, last = workers.pop(0)
         worker.join(0.2)
         while not findings.empty():
-            report(*findings.get(), kinds)
+            report(*findings.get(), kinds, options.shown)
         if worker.is_alive():
             workers.append((worker, at, last))
         elif worker.exitcode:
-            report(at.value, f"crash or hang: exit status {worker.exitcode}", kinds)
+            report(at.value, f"crash or hang: exit status {worker.exitcode}", kinds, options.shown)
             crashes += 1
             if at.value + 1 < last and crashes < CRASHES:
                 begin(at.value + 1, last)
     while not findings.empty():
-        report(*findings.get(), kinds)
+        report(*findings.get(), kinds, options.shown)
     seconds = time.monotonic() - start
     print(
         f"{options.cases} cases in {seconds:.0f} s ({options.cases / seconds:.0f}/s), "

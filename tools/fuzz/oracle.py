@@ -236,7 +236,8 @@ class Expected:
         if self.compute == "float32":
             largest = np.abs(largest[(largest != 0) & ~np.isnan(largest)])
             return bool(((largest < 1e-60) | (largest > 1e60)).any())
-        reach = np.abs(t.lse[np.isfinite(t.lse)]).max(initial=0)
+        sizes = np.abs(np.concatenate([t.lse, t.gap.ravel()]))
+        reach = sizes[np.isfinite(sizes)].max(initial=0)
         if max(reach, plan.z_loss * reach**2) > 1e290:
             return True
         numbers = [plan.z_loss, plan.logit_scale, plan.softcap, plan.divisor, plan.off]
