@@ -120,6 +120,7 @@ def test_more_classes_are_printed_in_blocks_of_columns():
     [
         ([1.0, math.nan], 0, ValueError, "logits[1] must be a finite number, got nan"),
         ([math.inf, 1.0], 0, ValueError, "logits[0] must be a finite number, got inf"),
+        ([1e308, 1.0], 0, ValueError, "logits[0] is 1e+308, too far out"),
         ([], 0, ValueError, "got shape (0,)"),
         ([[1.0, 2.0]], 0, ValueError, "got shape (1, 2)"),
         ([1.0, 2.0], 2, IndexError, "target is 2, but there are 2 classes (0 to 1)"),

@@ -104,3 +104,9 @@ def test_a_float_column_is_labels_not_distributions():
 def test_the_wrong_number_of_features_is_refused():
     with pytest.raises(ValueError, match="X has 3 features, but SoftmaxClassifier is expecting 4"):
         SoftmaxClassifier().fit(X, Y).predict(X[:, :3])
+
+
+def test_labels_without_an_order_are_refused_by_name():
+    y = np.array(["a", 1, None] * 4, object)
+    with pytest.raises(TypeError, match="SoftmaxClassifier.fit: y mixes labels"):
+        SoftmaxClassifier().fit(np.arange(12.0).reshape(12, 1), y)

@@ -53,7 +53,7 @@ def test_types_become_numbers(tmp_path):
         ("a,b\n", "has no rows, only the columns a, b"),
         ("a,b\n1,2,3\n", "is ragged: a row has more fields than the header line"),
         ("a,a\n1,2\n", "has two columns named 'a'; rename one"),
-        (b"a,b\n1,\xe9\n", "cannot be read as CSV: invalid utf-8"),
+        (b"a,b\n1,\xe9\n", "is not UTF-8 text; save it as CSV in UTF-8"),
         (b"\xe9,b\n1,2\n", "cannot be read"),
         ("a,b\n1,2\n".encode("utf-16"), "is not UTF-8 text"),
         (gzip.compress(b"a,b\n1,2\n"), "is gzip-compressed; unpack it first"),

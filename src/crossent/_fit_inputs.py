@@ -62,8 +62,14 @@ def is_distribution(y: Any) -> bool:
 
 def label_target(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """Return the sorted classes (V,) and the class index of each row (N,)."""
-    check_classification_targets(y)
-    classes, index = np.unique(y, return_inverse=True)
+    try:
+        check_classification_targets(y)
+        classes, index = np.unique(y, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(
+            f"SoftmaxClassifier.fit: y mixes labels that have no order ({error}); "
+            "give all labels one type, for example with y.astype(str)"
+        ) from None
     if len(classes) < 2:
         raise ValueError(
             "SoftmaxClassifier needs samples of at least 2 classes in y, but it contains only one "

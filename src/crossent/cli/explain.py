@@ -17,6 +17,8 @@ from crossent import reference
 
 Array = NDArray[np.float64]
 
+LARGEST_LOGIT = 1e6
+
 
 def explain(logits: Sequence[float], target: int, *, console: Console) -> None:
     """Print one example worked through: the loss, the chain rule term by term, and a check.
@@ -75,6 +77,11 @@ def _checked_logits(logits: Sequence[float]) -> Array:
         raise ValueError(
             f"explain: logits[{i}] must be a finite number, got {z[i]}; "
             "for a class that is ruled out use a large negative one, such as -1000"
+        )
+    for i in np.flatnonzero(np.abs(z) > LARGEST_LOGIT):
+        raise ValueError(
+            f"explain: logits[{i}] is {z[i]:g}, too far out for a finite difference to mean "
+            f"anything; stay within ±{LARGEST_LOGIT:g}"
         )
     return z
 

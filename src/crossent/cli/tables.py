@@ -77,14 +77,14 @@ def _numbers(column: "pl.Series", where: str) -> NDArray[np.float64]:
     if text.any():
         raise InputError(
             f"{where} holds text ({column.filter(text)[0][:40]!r} in {rows_text(text.to_numpy())}),"
-            " and a feature must be a number: encode it (one 0/1 column for each value), or leave "
-            "the column out with --drop"
+            " and a feature must be a number: encode it (one 0/1 column for each value), or train "
+            "without the column (train --drop)"
         )
     missing = (numbers.is_null() | numbers.is_nan().fill_null(True)).to_numpy()
     if missing.any():
         raise InputError(
             f"{where} has no value in {rows_text(missing)}; fill it in, remove such rows, or "
-            "leave the column out with --drop"
+            "train without the column (train --drop)"
         )
     infinite = numbers.is_infinite().to_numpy()
     if infinite.any():
@@ -117,7 +117,11 @@ def _read_csv(path: Path) -> "pl.DataFrame":
                 f"{path} is ragged: a row has more fields than the header line; "
                 "give every row the same number of fields"
             ) from None
-        raise InputError(f"{path} cannot be read as CSV: {first_line(error)}") from None
+        if "utf-8" in str(error).lower():
+            raise InputError(f"{path} is not UTF-8 text; save it as CSV in UTF-8") from None
+        raise InputError(
+            f"{path} cannot be read as CSV: {first_line(error)}; check its quotes and line ends"
+        ) from None
     try:
         names = next(csv.reader([header.decode("utf-8-sig")], delimiter=separator), [])
     except (csv.Error, UnicodeDecodeError) as error:
