@@ -108,5 +108,5 @@ def test_the_wrong_number_of_features_is_refused():
 
 def test_labels_without_an_order_are_refused_by_name():
     y = np.array(["a", 1, None] * 4, object)
-    with pytest.raises(TypeError, match="SoftmaxClassifier.fit: y mixes labels"):
+    with pytest.raises(TypeError, match=r"SoftmaxClassifier\.fit: y mixes labels"):
         SoftmaxClassifier().fit(np.arange(12.0).reshape(12, 1), y)
