@@ -28,6 +28,15 @@ struct Limits<double> {
   static constexpr int headroom = 128, lowest_shift = -600, highest_scale = 600;
 };
 
+// An output that no cache will hold is better written past it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+template <class S>
+bool streams(const RowJob& job) {
+  const int64_t row = job.logits.classes * int64_t{sizeof(typename S::Type)};
+  return S::kStreams && row >= 1024 && job.n_rows * row >= kStreamBytes;
+}
+
 // What is known of a block once its logits have been read.
 template <class T>
 struct Block {
@@ -59,6 +68,12 @@ struct Mass<float> {
 template <>
 struct Mass<double> : LaneSum {};
 
+// How many vectors are worked on in turn (exp.h, d).
+template <class T>
+struct Vectors {
+  static constexpr int n = sizeof(T) == 4 ? 4 : 2;
+};
+
 template <class T>
 CROSSENT_INLINE typename Lanes<T>::V load_some(const T* p, int n, T fill) {
   return load_part<StoredPlain<T>>(p, n, fill);
@@ -78,14 +93,34 @@ T block_max(const T* z, int64_t n) {
   for (; j + L <= n; j += L) a = max(load(z + j), a);
   if (j < n) b = max(load_some(z + j, static_cast<int>(n - j), static_cast<T>(-kInfinity)), b);
   a = max(max(a, b), max(c, d));
-  T m = a[0];
-  for (int k = 1; k < L; k++) m = a[k] > m ? a[k] : m;
-  return m;
+  alignas(kBytes) T lanes[L];
+  store(lanes, a);
+  for (int w = L / 2; w > 0; w /= 2)
+    for (int k = 0; k < w; k++) lanes[k] = lanes[k] > lanes[k + w] ? lanes[k] : lanes[k + w];
+  return lanes[0];
+}
+
+// A block's logits in the compute type.
+template <class S>
+const typename S::T* widen_block(const typename S::Type* z, int64_t n, typename S::T* to) {
+  constexpr int L = Lanes<typename S::T>::n;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) store(to + j, S::load(z + j));
+  if (j < n) store(to + j, load_part<S>(z + j, static_cast<int>(n - j), typename S::T(0)));
+  return to;
 }
 
 template <class T>
 int64_t first_equal(const T* z, int64_t n, T value) {
-  for (int64_t j = 0; j < n; j++)
+  constexpr int L = Lanes<T>::n;
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L) {
+    const auto x = splat(value);
+    const auto found = (load(z + j) == x) | (load(z + j + L) == x) | (load(z + j + 2 * L) == x) |
+                       (load(z + j + 3 * L) == x);
+    if (any_set(found)) break;
+  }
+  for (; j < n; j++)
     if (z[j] == value) return j;
   return -1;
 }
@@ -102,6 +137,7 @@ double block_sum(const T* z, int64_t n, T origin_) {
   return sum.total().value();
 }
 
+// After block.max is known.
 template <class T>
 void choose_reference(Block<T>& block, double scale) {
   const double top = scale * block.max;
@@ -110,64 +146,124 @@ void choose_reference(Block<T>& block, double scale) {
   block.reference = plain && top != -kInfinity ? static_cast<int>(std::rint(top * kLog2E)) : 0;
 }
 
+inline Form form_of(double origin, double scale) {
+  return scale != 1 ? Form::kScaled : origin != 0 ? Form::kShifted : Form::kPlain;
+}
+
+// Turns a block's logits into e = exp(scale (z - origin)) 2^(bias - reference), kVectors at a time.
+template <class T, Form form>
+struct Reader {
+  using V = typename Lanes<T>::V;
+  static constexpr int kVectors = Vectors<T>::n;
+  const Exp<T> exp;
+  const V origin, tau;
+
+  Reader(const Block<T>& block, double scale, int bias)
+      : exp(bias - block.reference),
+        origin(splat(block.origin)),
+        tau(splat(static_cast<T>(scale))) {}
+
+  __attribute__((always_inline)) void operator()(V (&x)[kVectors]) const {
+    V low[kVectors];
+    for (int k = 0; k < kVectors; k++) {
+      if (form != Form::kPlain) x[k] -= origin;
+      const V h = form == Form::kScaled ? tau * x[k] : x[k];
+      low[k] = form == Form::kScaled ? fma(tau, x[k], -h) : h;
+      x[k] = h;
+    }
+    exp.template operator()<form == Form::kScaled>(x, low);
+  }
+};
+
 // Turns a block of n logits into e (to the scratch row, if kKeep) and their mass without entry
 // `excluded` (-1: none). Meanwhile the same place of the block after it, at `ahead`, is fetched.
-template <class T, bool kScaled, bool kKeep>
+//
+// The excluded entry is looked for in every step (kSearch), or in its own, which costs a long block
+// less and a short one more: where that step comes is anybody's guess, a branch predictor's too.
+template <class T, Form form, bool kKeep, bool kSearch>
 void read_block(const T* z, T* e, int64_t n, int64_t excluded, double scale, int bias,
                 Block<T>& block, const char* ahead, int64_t ahead_step) {
   using V = typename Lanes<T>::V;
-  constexpr int L = Lanes<T>::n;
-  const Exp<T> exp(bias - block.reference);
-  const V origin = splat(block.origin), tau = splat(static_cast<T>(scale));
+  constexpr int L = Lanes<T>::n, kVectors = Vectors<T>::n, kStep = kVectors * L;
+  const Reader<T, form> read(block, scale, bias);
   Mass<T> mass[2];
   block.excluded_e = 0;
 
-  const auto one = [&](V x, T* to) __attribute__((always_inline)) {
-    const V d = x - origin;
-    const V h = kScaled ? tau * d : d;
-    const V value = exp.template operator()<kScaled>(h, kScaled ? fma(tau, d, -h) : h);
-    if (kKeep) store(to, value);
-    return value;
-  };
-  const auto whole = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    int64_t j = begin;
-    for (; j + 2 * L <= end; j += 2 * L) {
-      __builtin_prefetch(ahead + j * ahead_step);
-      __builtin_prefetch(ahead + (j + L) * ahead_step);
-      const V x = load(z + j), y = load(z + j + L);
-      mass[0].add(one(x, e + j));
-      mass[1].add(one(y, e + j + L));
+  // Which lane of the vector at j is the excluded entry: none, if that is elsewhere.
+  const auto out_of = [&](int64_t j) { return static_cast<int>(excluded - j); };
+  const auto whole = [&](int64_t j, int64_t end) __attribute__((always_inline)) {
+    Mass<T> sums[2] = {mass[0], mass[1]};  // in registers
+    for (; j < end; j += kStep) {
+      for (int64_t at = 0; at < kStep * ahead_step; at += 64)
+        __builtin_prefetch(ahead + j * ahead_step + at);
+      V x[kVectors];
+      for (int k = 0; k < kVectors; k++) x[k] = load(z + j + k * L);
+      read(x);
+      for (int k = 0; k < kVectors; k++) {
+        if (kKeep || kSearch) store(e + j + k * L, x[k]);
+        if (kSearch) x[k] = select(lanes_but<T>(L, out_of(j + k * L)), x[k], V{});
+        sums[k & 1].add(x[k]);
+      }
     }
-    for (; j < end; j += L) mass[0].add(one(load(z + j), e + j));
+    mass[0] = sums[0], mass[1] = sums[1];
   };
-  // A vector that ends the row or holds the excluded entry.
-  const auto special = [&](int64_t j) {
-    const int count = n - j < L ? static_cast<int>(n - j) : L;
-    alignas(kBytes) T lanes[L];
-    const V x = load_some(z + j, count, static_cast<T>(-kInfinity));
-    const V value = one(x, lanes);
-    store(lanes, value);
-    if (kKeep) store_part<StoredPlain<T>>(e + j, count, value);
-    for (int k = count; k < L; k++) lanes[k] = 0;
-    if (excluded >= j && excluded < j + count) {
-      block.excluded_e = lanes[excluded - j];
-      lanes[excluded - j] = 0;
+  // A step that ends the block or holds the excluded entry.
+  const auto careful = [&](int64_t j) {
+    const int count = n - j < kStep ? static_cast<int>(n - j) : kStep;
+    V x[kVectors];
+    for (int k = 0; k < kVectors; k++) {
+      const int here = count - k * L;
+      x[k] = here >= L  ? load(z + j + k * L)
+             : here > 0 ? load_some(z + j + k * L, here, static_cast<T>(-kInfinity))
+                        : splat(static_cast<T>(-kInfinity));
     }
-    mass[1].add(load(lanes));
+    read(x);
+    for (int k = 0; k < kVectors; k++) {
+      const int here = count - k * L;
+      if (here <= 0) break;
+      const int out = out_of(j + k * L);
+      if (kKeep || kSearch)
+        here >= L ? store(e + j + k * L, x[k])
+                  : store_part<StoredPlain<T>>(e + j + k * L, here, x[k]);
+      if (!kSearch && out >= 0 && out < L) block.excluded_e = x[k][out];
+      mass[k & 1].add(select(lanes_but<T>(here, out), x[k], V{}));
+    }
   };
-  const int64_t full = n / L * L, at = excluded < 0 ? full : excluded / L * L;
-  whole(0, at < full ? at : full);
-  if (excluded >= 0) {
-    special(at);
-    if (at + L < full) whole(at + L, full);
+  const int64_t full = n / kStep * kStep;
+  const int64_t at = kSearch || excluded < 0 ? full : excluded / kStep * kStep;
+  whole(0, at);
+  if (at < n) careful(at);
+  if (at < full) {
+    whole(at + kStep, full);
+    if (full < n) careful(full);
   }
-  if (full < n && (excluded < 0 || at != full)) special(full);
+  if (kSearch && excluded >= 0) block.excluded_e = e[excluded];
   block.mass = mass[0].total();
   block.mass.add(mass[1].total());
 }
 
+// Without `e` nothing is kept.
+template <class T>
+void read_block(const T* z, T* e, int64_t n, int64_t excluded, double scale, int bias,
+                Block<T>& block, const char* ahead, int64_t ahead_step) {
+  const auto run = [&](auto* each) {
+    each(z, e, n, excluded, scale, bias, block, ahead, ahead_step);
+  };
+  switch (form_of(block.origin, scale)) {
+    case Form::kPlain:
+      return run(e ? read_block<T, Form::kPlain, true, false>
+                   : read_block<T, Form::kPlain, false, false>);
+    case Form::kShifted:
+      return run(e ? read_block<T, Form::kShifted, true, false>
+                   : read_block<T, Form::kShifted, false, false>);
+    case Form::kScaled:
+      return run(e ? read_block<T, Form::kScaled, true, false>
+                   : read_block<T, Form::kScaled, false, false>);
+  }
+}
+
 // exp(scale (a - b) + k ln 2) for origins a and b.
-double between(double a, double b, int k, double scale) {
+inline double between(double a, double b, int k, double scale) {
   if (a == b) return k == 0 ? 1.0 : std::ldexp(1.0, k < -4000 ? -4000 : k);
   const double d = a - b, h = scale * d;
   if (!(h > -4000 && h < 4000)) return h > 0 ? kInfinity : 0.0 * (h != h ? h : 1.0);
@@ -194,7 +290,7 @@ struct RowSums {
 };
 
 template <class T>
-RowSums<T> join(Block<T>* blocks, int64_t n_blocks, double scale) {
+RowSums<T> join_blocks(Block<T>* blocks, int64_t n_blocks, double scale) {
   RowSums<T> row;
   for (int64_t b = 0; b < n_blocks; b++)
     if (blocks[b].max > row.m) row.m = blocks[b].max, row.top = b;
@@ -219,17 +315,18 @@ double max_e(const Block<T>& block, double scale, int bias) {
   const Exp<T> exp(bias - block.reference);
   const auto d = splat(block.max) - splat(block.origin);
   const auto tau = splat(static_cast<T>(scale)), h = tau * d;
-  return exp.template operator()<true>(h, fma(tau, d, -h))[0];
+  return exp.one(h, fma(tau, d, -h))[0];
 }
 
 // What a block's scratch becomes: e * (high + low) - offset, but `value` at entry `at` (-1: none).
 template <class T>
 struct Finish {
-  T high, low, offset;
+  T high = 0, low = 0, offset = 0;
   T far1 = 1, far2 = 1;  // powers of two for a block far below the row's maximum
   int64_t at = -1;
   double value = 0;
 
+  Finish() = default;
   Finish(double coefficient, Word sum, double factor, double offset_) {
     // The factor's power of two goes to the scratch, where it cannot make the quotient subnormal.
     const int k = factor > 0 && factor < 0.25 ? exponent(factor) : 0;
@@ -260,40 +357,38 @@ void finish_block(typename S::T* e, typename S::Type* out, int64_t n,
   const V high = splat(f.high), low = splat(f.low), minus = splat(-f.offset);
   const auto one = [&](V x)
                        __attribute__((always_inline)) { return fma(x, high, fma(x, low, minus)); };
-  const auto special = [&](int64_t j, int count) {
-    V x = one(load_part<StoredPlain<T>>(e + j, count, T(0)));
-    if (f.at >= j && f.at < j + count) {
-      alignas(kBytes) T lanes[L];
-      store(lanes, x);
-      lanes[f.at - j] = static_cast<T>(f.value);
-      x = load(lanes);
-    }
-    if (count == L)
-      streaming ? S::stream(out + j, x) : S::store(out + j, x);
-    else
-      store_part<S>(out + j, count, x);
+  const auto part = [&](int64_t j, int count) {
+    store_part<S>(out + j, count, one(load_part<StoredPlain<T>>(e + j, count, T(0))));
   };
-  int64_t j = 0;
-  if (streaming) {
-    const auto past = reinterpret_cast<uintptr_t>(out) % kBytes;
-    j = past ? static_cast<int64_t>((kBytes - past) / sizeof(typename S::Type)) : 0;
-    j = j < n ? j : n;
-    if (j) special(0, static_cast<int>(j));
+  if (!streaming) {
+    int64_t j = 0;
+    for (; j + L <= n; j += L) S::store(out + j, one(load(e + j)));
+    if (j < n) part(j, static_cast<int>(n - j));
+    if (f.at >= 0) store_part<S>(out + f.at, 1, splat(static_cast<T>(f.value)));
+    return;
   }
-  const int64_t full = j + (n - j) / L * L;
-  const auto whole = [&](int64_t end) __attribute__((always_inline)) {
-    if (streaming)
-      for (; j < end; j += L) S::stream(out + j, one(load(e + j)));
-    else
-      for (; j < end; j += L) S::store(out + j, one(load(e + j)));
+  // Whole vectors from the first aligned one on. What is streamed is never touched again, which
+  // would cost a cache miss: the entry is put among the others on the way.
+  const auto past = reinterpret_cast<uintptr_t>(out) % kBytes;
+  const int64_t head = past ? static_cast<int64_t>((kBytes - past) / sizeof(typename S::Type)) : 0;
+  const int64_t begin = head < n ? head : n, end = begin + (n - begin) / L * L;
+  if (begin > 0) part(0, static_cast<int>(begin));
+  const auto whole = [&](int64_t j, int64_t to) __attribute__((always_inline)) {
+    for (; j < to; j += L) S::stream(out + j, one(load(e + j)));
   };
-  if (f.at >= j && f.at < full) {
-    whole(j + (f.at - j) / L * L);
-    special(j, L);
-    j += L;
+  if (f.at >= begin && f.at < end) {
+    const int64_t here = begin + (f.at - begin) / L * L;
+    whole(begin, here);
+    V x = one(load(e + here));
+    x[f.at - here] = static_cast<T>(f.value);
+    S::stream(out + here, x);
+    whole(here + L, end);
+  } else {
+    whole(begin, end);
   }
-  whole(full);
-  if (j < n) special(j, static_cast<int>(n - j));
+  if (end < n) part(end, static_cast<int>(n - end));
+  if (f.at >= 0 && (f.at < begin || f.at >= end))
+    store_part<S>(out + f.at, 1, splat(static_cast<T>(f.value)));
 }
 
 }  // namespace

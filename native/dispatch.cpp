@@ -126,9 +126,10 @@ Outcome run(RowJob job, bool (*poll)(void*), void* poll_context) {
   bool no_memory = false;
   job.no_memory = &no_memory;
   const Kernels& kernels = *current().kernels;
-  const auto serve = lane_rows(job)   ? kernels.lanes
-                     : fast_rows(job) ? kernels.rows
-                                      : kernels.general;
+  const auto serve = lane_rows(job)    ? kernels.lanes
+                     : short_rows(job) ? kernels.short_rows
+                     : fast_rows(job)  ? kernels.rows
+                                       : kernels.general;
   const int64_t rows = std::max<int64_t>(1, kTaskLogits / job.logits.classes);
   const int64_t tasks = (job.n_rows + rows - 1) / rows;
   const auto task = [&](int64_t k) {

@@ -8,6 +8,8 @@
 //   b. The caller asks for exp(d) * 2^shift. The shift is folded into the number that makes n, and
 //      2^(n + shift) is built in the exponent field and multiplied in: unlike an addition to the
 //      exponent this leaves a NaN of any payload NaN.
+//   d. One exp is a chain of some fifty cycles, more than a core looks ahead in code this dense: so
+//      several vectors are worked on in turn, step by step (0.42 to 0.34 ns a float on Zen 3).
 //   c. d is clamped from below so that the exponent stays in range; exp is never below kFloor
 //   there.
 //      What the clamp keeps off zero is at least 2^-30 below anything a result can show (rows.cpp).
@@ -43,22 +45,10 @@ struct ExpConstants<double> {
 constexpr double kMostZLoss = 0x1p20;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.69314718055994531;
 
-CROSSENT_INLINE F exp_tail(F r, F r2) {  // Q(r)
-  using C = ExpConstants<float>;
-  const F a = fma(splat(C::q[1]), r, splat(C::q[0]));
-  const F b = fma(splat(C::q[4]), r2, fma(splat(C::q[3]), r, splat(C::q[2])));
-  return fma(b, r2, a);
-}
-CROSSENT_INLINE D exp_tail(D r, D r2) {
-  using C = ExpConstants<double>;
-  const D r4 = r2 * r2;
-  const D a = fma(splat(C::q[1]), r, splat(C::q[0])), b = fma(splat(C::q[3]), r, splat(C::q[2]));
-  const D c = fma(splat(C::q[5]), r, splat(C::q[4])), d = fma(splat(C::q[7]), r, splat(C::q[6]));
-  const D e = fma(splat(C::q[9]), r, splat(C::q[8]));
-  return fma(fma(e, r4, fma(d, r2, c)), r4, fma(b, r2, a));
-}
+// How a logit z becomes the argument of exp: as it is, z - origin, or scale (z - origin).
+enum class Form { kPlain, kShifted, kScaled };
 
-// exp(. ) * 2^shift for arguments up to about (127 - shift) ln 2.
+// exp(.) 2^shift for arguments up to about (127 - shift) ln 2.
 template <class T>
 struct Exp {
   using V = typename Lanes<T>::V;
@@ -75,19 +65,60 @@ struct Exp {
       : lowest((static_cast<T>(C::floor_exponent) - shift) * static_cast<T>(kLn2)),
         round(shift + static_cast<T>(C::round + C::bias)) {}
 
-  // exp(d + low) 2^shift; low is the rounding error of d, or 0.
-  template <bool kLow>
-  __attribute__((always_inline)) V operator()(V d, V low) const {
-    d = max(lowest, d);  // NaN stays
-    const V t = fma(d, splat(static_cast<T>(kLog2E)), round);
-    const V n = t - round;
-    V r = fma(n, splat(-C::ln2_hi), d);
-    r = fma(n, splat(-C::ln2_lo), r);
-    if (kLow) r += select(d > lowest, low, V{});
-    const V r2 = r * r;
-    const V p = fma(exp_tail(r, r2), r2, r) + splat(T(1));
-    return p * (V)((I)t << C::mantissa);
+  // d becomes exp(d + low) 2^shift; low is the rounding error of d, and not read unless kLow.
+  template <bool kLow, int n>
+  __attribute__((always_inline)) void operator()(V (&d)[n], const V (&low)[n]) const {
+    V t[n], q[n], r2[n];
+#define EACH _Pragma("GCC unroll 8") for (int k = 0; k < n; k++)
+    EACH d[k] = max(lowest, d[k]);  // NaN stays
+    EACH t[k] = fma(d[k], splat(static_cast<T>(kLog2E)), round);
+    EACH q[k] = t[k] - round;
+    EACH r2[k] = kLow ? select(d[k] > lowest, low[k], V{}) : V{};
+    EACH d[k] = fma(q[k], splat(-C::ln2_hi), d[k]);
+    EACH d[k] = fma(q[k], splat(-C::ln2_lo), d[k]);
+    if (kLow) EACH d[k] += r2[k];
+    EACH r2[k] = d[k] * d[k];
+    tail(d, r2, q);
+    EACH q[k] = fma(q[k], r2[k], d[k]);
+    EACH t[k] = (V)((I)t[k] << C::mantissa);
+    EACH d[k] = fma(q[k], t[k], t[k]);
   }
+
+  __attribute__((always_inline)) V one(V d) const {
+    V x[1] = {d};
+    operator()<false>(x, x);
+    return x[0];
+  }
+  __attribute__((always_inline)) V one(V d, V low) const {
+    V x[1] = {d}, y[1] = {low};
+    operator()<true>(x, y);
+    return x[0];
+  }
+
+ private:
+  template <int n>  // q = Q(r)
+  static __attribute__((always_inline)) void tail(const F (&r)[n], const F (&r2)[n], F (&q)[n]) {
+    F a[n];
+    EACH q[k] = fma(splat(C::q[3]), r[k], splat(C::q[2]));
+    EACH a[k] = fma(splat(C::q[1]), r[k], splat(C::q[0]));
+    EACH q[k] = fma(splat(C::q[4]), r2[k], q[k]);
+    EACH q[k] = fma(q[k], r2[k], a[k]);
+  }
+  template <int n>
+  static __attribute__((always_inline)) void tail(const D (&r)[n], const D (&r2)[n], D (&q)[n]) {
+    D a[n], b[n], r4[n];
+    EACH r4[k] = r2[k] * r2[k];
+    EACH a[k] = fma(splat(C::q[7]), r[k], splat(C::q[6]));
+    EACH b[k] = fma(splat(C::q[5]), r[k], splat(C::q[4]));
+    EACH q[k] = fma(splat(C::q[9]), r[k], splat(C::q[8]));
+    EACH a[k] = fma(a[k], r2[k], b[k]);
+    EACH q[k] = fma(q[k], r4[k], a[k]);
+    EACH a[k] = fma(splat(C::q[3]), r[k], splat(C::q[2]));
+    EACH b[k] = fma(splat(C::q[1]), r[k], splat(C::q[0]));
+    EACH a[k] = fma(a[k], r2[k], b[k]);
+    EACH q[k] = fma(q[k], r4[k], a[k]);
+  }
+#undef EACH
 };
 
 }  // namespace CROSSENT_ISA

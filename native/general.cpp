@@ -95,7 +95,7 @@ void tanh_row(const double* x, double* t, double* slope, int64_t n) {
   const Exp<double> exp(64);  // the bias keeps the floor of exp (exp.h, c) out of sight
   for (int64_t j = 0; j < n; j += L) {
     const D v = load(x + j), a = select(v < 0, -v, v), y = v * v;
-    const D e = exp.operator()<false>(-2 * a, a) * 0x1p-64;
+    const D e = exp.one(-2 * a) * 0x1p-64;
     D series = splat(c[9]);
     for (int k = 8; k >= 0; k--) series = fma(series, y, splat(c[k]));
     const D large = (1 - e) / (1 + e);
@@ -231,7 +231,7 @@ class General {
       const D h = tau * d;
       const auto finite = (h - h) == 0;
       const D low = select(finite, fma(tau, d, -h) + tau * error, D{});
-      D e = exp.operator()<true>(h, low);
+      D e = exp.one(h, low);
       e = select(h < exp.lowest, D{}, e);  // the floor times a huge h would show in sums
       store(rows_.z + j, h);
       store(rows_.low + j, low);
@@ -381,10 +381,11 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end) {
 }
 
 void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
+void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
 void serve_rows(const RowJob& job, int64_t begin, int64_t end);   // rows.cpp
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_lanes, serve_rows, serve_general};
+const Kernels kernels = {serve_lanes, serve_short, serve_rows, serve_general};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

@@ -10,9 +10,10 @@
 //      for float (and the 16-bit dtypes, computed in it); sums and row numbers are double.
 //   c. Which rows come here depends on shapes and strides alone, so a row's bits do too.
 #include <cmath>
+#include <type_traits>
 
 #include "exp.h"
-#include "log.h"
+#include "numbers.h"
 #include "rows.h"
 #include "storage.h"
 #include "transpose.h"
@@ -20,38 +21,13 @@
 namespace crossent {
 namespace CROSSENT_ISA {
 
-void serve_rows(const RowJob& job, int64_t begin, int64_t end);  // rows.cpp
+void serve_rows(const RowJob& job, int64_t begin, int64_t end);     // rows.cpp
+void serve_general(const RowJob& job, int64_t begin, int64_t end);  // general.cpp
 
 namespace {
 
 constexpr int L = Lanes<float>::n;
-typedef Lanes<float>::Bits Index;
-constexpr float kInfinity = __builtin_inff();
-
-// L doubles: what rows.cpp calls the row's numbers.
-struct Wide {
-  D low, high;
-};
-CROSSENT_INLINE Wide widen(F x) { return {low(x), high(x)}; }
-CROSSENT_INLINE F narrow(Wide x) { return join(x.low, x.high); }
-template <class Op>
-CROSSENT_INLINE Wide each(Wide a, const Op& op) {
-  return {op(a.low), op(a.high)};
-}
-template <class Op>
-CROSSENT_INLINE Wide each(Wide a, Wide b, const Op& op) {
-  return {op(a.low, b.low), op(a.high, b.high)};
-}
-CROSSENT_INLINE Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
-CROSSENT_INLINE Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
-CROSSENT_INLINE Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
-CROSSENT_INLINE Wide operator/(Wide a, Wide b) { return {a.low / b.low, a.high / b.high}; }
-CROSSENT_INLINE Wide all(double x) { return {splat(x), splat(x)}; }
-CROSSENT_INLINE Wide load_wide(const double* p) { return {load(p), load(p + kHalf)}; }
-CROSSENT_INLINE void store_wide(double* p, Wide x) {
-  store(p, x.low);
-  store(p + kHalf, x.high);
-}
+constexpr float kInfinity = __builtin_inff(), kOrigin = 264;  // rows.cpp, b
 
 template <class S>
 class Tiles {
@@ -61,377 +37,393 @@ class Tiles {
   explicit Tiles(const RowJob& job)
       : job_(job),
         V_(job.logits.classes),
-        uniform_(!job.row_weight && !job.class_weight && !job.upstream) {
-    const double r = 1 / job.divisor;
-    for (int k = 0; k < L; k++) {
-      target_[k] = 0;
-      kept_[k] = ~0u;
-      scale_[k] = r;
-      upstream_[k] = r * job.upstream_all;
-      uniform_fits_ = bias_for(scale_[k], upstream_[k], &bias_[k]);
-      if (!uniform_) bias_[k] = 0;  // a lane past the last row: anything harmless
-    }
+        contiguous_(job.logits.contiguous_rows() && (!job.out.data || job.out.contiguous_rows())),
+        dense_in_(dense(job.logits)),
+        dense_out_(dense(job.out)),
+        numbers_(job) {
+    whole_ = L;
+    for (int64_t beyond = L - V_ % L; beyond > 0 && whole_ > 0; beyond -= V_) whole_--;
   }
 
   bool prepare() {
-    e_ = static_cast<float*>(scratch(5, V_ * kBytes));
+    const int64_t fit = kTileBytes / (V_ * kBytes);
+    most_ = fit < 1 ? 1 : fit < kTiles ? static_cast<int>(fit) : kTiles;
+    e_ = static_cast<float*>(scratch(5, most_ * V_ * kBytes));
     return e_ != nullptr;
   }
 
-  // How many rows from i on one tile may take: those of one outer index where lanes are contiguous.
-  int64_t room(int64_t i) const {
-    const int64_t inner = job_.logits.inner, left = inner - i % inner;
-    const bool any =
-        job_.logits.contiguous_rows() && (!job_.out.data || job_.out.contiguous_rows());
-    return any || left > L ? L : left;
-  }
-
-  // Rows [i, i + n), n <= room(i). False, and nothing is done: not for lanes.
-  bool run(int64_t i, int n) {
-    if (!numbers(i, n)) return false;
-    if (job_.logits.contiguous_rows()) {
-      read_rows(i, n);
-    } else if (contiguous_lanes(job_.logits)) {
-      read_columns(i, n);
-    } else {
-      read_each(i, n);
+  void serve(int64_t begin, int64_t end) {
+    int n = 0;
+    for (int64_t i = begin; i < end;) {
+      const int rows = room(i, end);
+      tiles_[n].begin = i;
+      tiles_[n].rows = rows;
+      tiles_[n].e = e_ + n * V_ * L;
+      i += rows;
+      if (++n == most_ || i == end) run(n), n = 0;
     }
-    exponentials();
-    if (job_.task == Task::kLoss) {
-      if (!losses(i, n)) return false;
-    } else {
-      probabilities();
-    }
-    if (!job_.out.data) return true;
-    if (job_.out.contiguous_rows()) {
-      write_rows(i, n);
-    } else if (contiguous_lanes(job_.out)) {
-      write_columns(i, n);
-    } else {
-      write_each(i, n);
-    }
-    return true;
   }
 
  private:
-  // Scales, targets and biases of the rows; those of lanes past n and of dropped rows are harmless.
-  bool numbers(int64_t i, int n) {
-    const bool index = job_.kind == Target::kIndex;
-    all_kept_ = true;
-    if (uniform_) {
-      for (int k = 0; index && k < n; k++) {
-        const int64_t t = job_.target[i + k];
-        const bool kept = t != job_.skip;
-        target_[k] = kept ? static_cast<uint32_t>(t) : 0;
-        kept_[k] = kept ? ~0u : 0;
-        all_kept_ &= kept;
-      }
-      return uniform_fits_;
+  static constexpr int kTiles = 8;
+  static constexpr int64_t kTileBytes = 16384;
+
+  struct Tile {
+    int64_t begin;
+    int rows;
+    bool done;
+    float* e;
+    Looked looked;
+    Found found;
+    Factors factors;
+  };
+
+  // How many rows from i on one tile takes: those of one outer index where lanes are contiguous.
+  int room(int64_t i, int64_t end) const {
+    int64_t most = end - i;
+    if (!contiguous_) {
+      const int64_t left = job_.logits.inner - i % job_.logits.inner;
+      most = left < most ? left : most;
     }
-    for (int k = 0; k < n; k++) {
-      const int64_t row = i + k;
-      const bool kept = !job_.dropped(row);
-      const int64_t t = index && kept ? job_.target[row] : 0;
-      const double w = job_.class_weight && index ? job_.class_weight[t] : 1.0;
-      target_[k] = static_cast<uint32_t>(t);
-      kept_[k] = kept ? ~0u : 0;
-      all_kept_ &= kept;
-      scale_[k] = kept ? job_.row_scale(row) * w : 0;
-      upstream_[k] = kept ? job_.row_scale(row) * job_.row_upstream(row) * w : 0;
-      if (w == 0 || !bias_for(scale_[k], upstream_[k], &bias_[k])) return false;
-    }
-    return true;
+    return most < L ? static_cast<int>(most) : L;
   }
 
-  // K of rows.cpp: 60 above the scale's exponent; false where the scale leaves no room.
-  static bool bias_for(double r, double u, float* bias) {
-    const int a = exponent(r), b = u == 0 ? a : exponent(u);
-    const int k = (a > b ? a : b) + 60;
-    *bias = static_cast<float>(k > -60 ? k : -60);
-    return a <= 58 && b <= 58 && a - b < 20;
+  // Step by step over all tiles: the rows' numbers are long chains of few instructions.
+  void run(int n) {
+    for (int t = 0; t < n; t++) {
+      numbers_.look_up(tiles_[t].begin, tiles_[t].rows, &tiles_[t].looked);
+      tiles_[t].done = tiles_[t].looked.fits;
+      if (tiles_[t].done) read(tiles_[t]);
+    }
+    for (int t = 0; t < n; t++)
+      if (tiles_[t].done) exponentials(tiles_[t]);
+    for (int t = 0; t < n; t++) {
+      Tile& tile = tiles_[t];
+      if (job_.task == Task::kLoss && tile.done)
+        tile.done = numbers_.losses(tile.looked, tile.found, tile.begin, tile.rows, &tile.factors);
+    }
+    if (job_.out.data) {
+      for (int t = 0; t < n; t++)
+        if (tiles_[t].done) finish(tiles_[t]);
+      for (int t = 0; t < n; t++)
+        if (tiles_[t].done) write(tiles_[t]);
+    }
+    // Not for lanes as they are: row by row, so that no row's bits depend on its neighbours.
+    for (int t = 0; t < n; t++) {
+      const Tile tile = tiles_[t];
+      if (tile.done) continue;
+      const bool single = tile.rows == 1;
+      for (int64_t i = tile.begin; i < tile.begin + tile.rows; i++)
+        single ? serve_general(job_, i, i + 1) : serve_one(i);
+    }
   }
 
-  void read_rows(int64_t i, int n) {
-    const Type* rows[L];
-    for (int k = 0; k < L; k++)
-      rows[k] = reinterpret_cast<const Type*>(job_.logits.row(i + (k < n ? k : 0)));
+  void serve_one(int64_t i) {
+    tiles_[0].begin = i;
+    tiles_[0].rows = 1;
+    tiles_[0].e = e_;
+    run(1);
+  }
+
+  void read(Tile& tile) const {
+    if (job_.logits.contiguous_rows()) {
+      dense_in_ ? read_rows<true>(tile) : read_rows<false>(tile);
+    } else if (contiguous_lanes(job_.logits)) {
+      read_columns(tile);
+    } else {
+      read_each(tile);
+    }
+    leave_out(tile);
+  }
+
+  void finish(Tile& tile) const {
+    if (job_.task == Task::kLogSoftmax) return log_probabilities(tile);
+    if (job_.task == Task::kSoftmax) tile.factors.quotient = all(1) / tile.found.beside;
+    job_.off != 0 ? finish<true>(tile) : finish<false>(tile);
+    if (job_.task == Task::kSoftmax) return;
+    F value = (F)((Index)narrow(tile.factors.value) & tile.looked.kept);
+    swap(tile, value);
+  }
+
+  void write(const Tile& tile) const {
+    if (job_.out.contiguous_rows()) {
+      dense_out_ ? write_rows<true>(tile) : write_rows<false>(tile);
+    } else if (contiguous_lanes(job_.out)) {
+      write_columns(tile);
+    } else {
+      write_each(tile);
+    }
+  }
+
+  // Where the tile's rows start. Where they lie one behind the other (dense), a vector that ends
+  // beyond its row may be read and written whole, as long as it ends within the tile.
+  template <bool kDense>
+  struct RowPointers {
+    char *first, *at[kDense ? 1 : L];
+    int64_t step;
+
+    RowPointers(const View& view, const Tile& tile) : first(view.row(tile.begin)) {
+      step = view.classes * int64_t{sizeof(Type)};
+      for (int k = 0; !kDense && k < L; k++) at[k] = view.row(tile.begin + (k < tile.rows ? k : 0));
+    }
+    Type* operator()(int k) const {
+      return reinterpret_cast<Type*>(kDense ? first + k * step : at[k]);
+    }
+  };
+
+  // Of how many rows the vector from class j on, with `count` classes, ends within the tile.
+  template <bool kDense>
+  int whole(const Tile& tile, int count) const {
+    if (!kDense) return 0;
+    if (tile.rows == L) return whole_;
+    int rows = tile.rows;
+    for (int64_t beyond = L - count; beyond > 0 && rows > 0; beyond -= V_) rows--;
+    return rows;
+  }
+
+  static bool dense(const View& view) {
+    const int64_t row = view.classes * int64_t{sizeof(Type)};
+    return view.contiguous_rows() && view.inner_stride == row &&
+           (view.outer == 1 || view.outer_stride == view.inner * row);
+  }
+
+  template <bool kDense>
+  void read_rows(const Tile& tile) const {
+    const RowPointers<kDense> rows(job_.logits, tile);
     int64_t j = 0;
-    for (; j + L <= V_; j += L) read_square(rows, j, L);
-    if (j < V_) read_square(rows, j, static_cast<int>(V_ - j));
+    for (; j + L <= V_; j += L) read_square(tile, rows, j, L, L);
+    if (const int left = static_cast<int>(V_ - j))
+      read_square(tile, rows, j, left, whole<kDense>(tile, left));
   }
 
-  __attribute__((always_inline)) void read_square(const Type* const (&rows)[L], int64_t j,
-                                                  int count) {
+  template <class Pointers>
+  __attribute__((always_inline)) void read_square(const Tile& tile, const Pointers& rows, int64_t j,
+                                                  int count, int whole) const {
     F x[L];
 #pragma GCC unroll 16
-    for (int k = 0; k < L; k++)
-      x[k] = count == L ? S::load(rows[k] + j) : load_part<S>(rows[k] + j, count, 0.0f);
+    for (int k = 0; k < L; k++) {
+      const Type* at = rows(k < tile.rows ? k : 0) + j;
+      x[k] = k < whole ? S::load(at) : load_part<S>(at, count, 0.0f);
+    }
     transpose(x);
 #pragma GCC unroll 16
     for (int k = 0; k < L; k++)
-      if (k < count) store(e_ + (j + k) * L, x[k]);
+      if (k < count) store(tile.e + (j + k) * L, x[k]);
   }
 
   static bool contiguous_lanes(const View& view) {
     return view.inner_stride == int64_t{sizeof(Type)};
   }
 
-  void read_each(int64_t i, int n) {
+  void read_each(const Tile& tile) const {
+    const int64_t i = tile.begin;
+    const int n = tile.rows;
     alignas(kBytes) Type part[L] = {};
     const char* rows[L];
     for (int k = 0; k < n; k++) rows[k] = job_.logits.row(i + k);
     for (int64_t j = 0; j < V_; j++) {
       for (int k = 0; k < n; k++)
         part[k] = *reinterpret_cast<const Type*>(rows[k] + j * job_.logits.class_stride);
-      store(e_ + j * L, S::load(part));
+      store(tile.e + j * L, S::load(part));
     }
   }
 
-  void write_each(int64_t i, int n) const {
+  void write_each(const Tile& tile) const {
+    const int64_t i = tile.begin;
+    const int n = tile.rows;
     alignas(kBytes) Type part[L];
     char* rows[L];
     for (int k = 0; k < n; k++) rows[k] = job_.out.row(i + k);
     for (int64_t j = 0; j < V_; j++) {
-      S::store(part, load(e_ + j * L));
+      S::store(part, load(tile.e + j * L));
       for (int k = 0; k < n; k++)
         *reinterpret_cast<Type*>(rows[k] + j * job_.out.class_stride) = part[k];
     }
   }
 
-  void read_columns(int64_t i, int n) {
+  void read_columns(const Tile& tile) const {
+    const int64_t i = tile.begin;
+    const int n = tile.rows;
     const char* at = job_.logits.row(i);
     for (int64_t j = 0; j < V_; j++, at += job_.logits.class_stride) {
       const auto* row = reinterpret_cast<const Type*>(at);
-      store(e_ + j * L, n == L ? S::load(row) : load_part<S>(row, n, 0.0f));
+      store(tile.e + j * L, n == L ? S::load(row) : load_part<S>(row, n, 0.0f));
     }
   }
 
-  void write_rows(int64_t i, int n) const {
-    Type* rows[L];
-    for (int k = 0; k < n; k++) rows[k] = reinterpret_cast<Type*>(job_.out.row(i + k));
-    int64_t j = 0;
-    for (; j + L <= V_; j += L) write_square(rows, j, L, n);
-    if (j < V_) write_square(rows, j, static_cast<int>(V_ - j), n);
+  // The last classes first: what their vectors write into the next rows is then overwritten.
+  template <bool kDense>
+  void write_rows(const Tile& tile) const {
+    const RowPointers<kDense> rows(job_.out, tile);
+    const int64_t full = V_ / L * L;
+    if (const int left = static_cast<int>(V_ - full))
+      write_square(tile, rows, full, left, whole<kDense>(tile, left));
+    for (int64_t j = 0; j < full; j += L) write_square(tile, rows, j, L, L);
   }
 
-  __attribute__((always_inline)) void write_square(Type* const (&rows)[L], int64_t j, int count,
-                                                   int n) const {
+  template <class Pointers>
+  __attribute__((always_inline)) void write_square(const Tile& tile, const Pointers& rows,
+                                                   int64_t j, int count, int whole) const {
     F x[L];
 #pragma GCC unroll 16
-    for (int k = 0; k < L; k++) x[k] = k < count ? load(e_ + (j + k) * L) : F{};
+    for (int k = 0; k < L; k++) x[k] = k < count ? load(tile.e + (j + k) * L) : F{};
     transpose(x);
 #pragma GCC unroll 16
     for (int k = 0; k < L; k++) {
-      if (k >= n) break;
-      count == L ? S::store(rows[k] + j, x[k]) : store_part<S>(rows[k] + j, count, x[k]);
+      if (k >= tile.rows) break;
+      Type* at = rows(k) + j;
+      k < whole ? S::store(at, x[k]) : store_part<S>(at, count, x[k]);
     }
   }
 
-  void write_columns(int64_t i, int n) const {
+  void write_columns(const Tile& tile) const {
+    const int64_t i = tile.begin;
+    const int n = tile.rows;
     char* at = job_.out.row(i);
     for (int64_t j = 0; j < V_; j++, at += job_.out.class_stride) {
       auto* row = reinterpret_cast<Type*>(at);
-      const F x = load(e_ + j * L);
+      const F x = load(tile.e + j * L);
       n == L ? S::store(row, x) : store_part<S>(row, n, x);
     }
   }
 
-  // The tile becomes e = exp(tau (z - origin)) 2^(K - reference), but for log-softmax; found are
-  // the mass beside the entry left out (the target; for log-softmax the first maximum), that
-  // entry's e and z, and sum z - origin.
-  void exponentials() {
-    F m = splat(-kInfinity);
-    Index at = {};
+  // The maximum, and the entry left out of the mass gives way to -inf: the target, for log-softmax
+  // the first maximum. A vector that is loaded at once has to wait for such stores of single
+  // numbers, hence a step of its own.
+  void leave_out(Tile& tile) const {
+    Found& found = tile.found;
+    F m[2] = {splat(-kInfinity), splat(-kInfinity)};
     if (job_.task == Task::kLogSoftmax) {
+      Index first = {};
       for (int64_t j = 0; j < V_; j++) {
-        const F x = load(e_ + j * L);
-        at = (Index)select(x > m, (F)(Index{} + static_cast<uint32_t>(j)), (F)at);
-        m = max(x, m);
+        const F x = load(tile.e + j * L);
+        first = (Index)select(x > m[0], (F)(Index{} + static_cast<uint32_t>(j)), (F)first);
+        m[0] = max(x, m[0]);
       }
-      __builtin_memcpy(target_, &at, sizeof at);
+      tile.looked.target = first;
     } else {
-      F m2 = m;
-      int64_t j = 0;
-      for (; j + 1 < V_; j += 2) {
-        m = max(load(e_ + j * L), m);
-        m2 = max(load(e_ + (j + 1) * L), m2);
-      }
-      if (j < V_) m = max(load(e_ + j * L), m);
-      m = max(m2, m);
+      for (int64_t j = 0; j < V_; j++) m[j & 1] = max(load(tile.e + j * L), m[j & 1]);
     }
-    const bool scaled = job_.logit_scale != 1, smooth = job_.off != 0;
-    if (scaled) {
-      smooth ? exponentials<true, true>(m) : exponentials<true, false>(m);
-    } else {
-      smooth ? exponentials<false, true>(m) : exponentials<false, false>(m);
+    found.m = max(m[0], m[1]);
+    if (job_.off != 0) {
+      found.sum = all(0);
+      for (int64_t j = 0; j < V_; j++) found.sum = found.sum + widen(load(tile.e + j * L));
     }
+    found.z_out = splat(-kInfinity);
+    if (job_.task != Task::kSoftmax) swap(tile, found.z_out);
   }
 
-  template <bool kScaled, bool kSmooth>
-  void exponentials(F m) {
-    const F tau = splat(static_cast<float>(job_.logit_scale));
-    const F top = kScaled ? tau * m : m, magnitude = select(top < 0, -top, top);
-    const auto plain = (magnitude < 264.0f) | (top == -kInfinity);
-    const F origin = select(plain, F{}, m);
-    const F rounder = splat(0x1.8p23f);
-    const F finite_top = select(magnitude < 264.0f, top, F{});
-    const F reference = fma(finite_top, splat(static_cast<float>(kLog2E)), rounder) - rounder;
-    const Exp<float> exp(load(bias_) - reference);
-    // Class 2^32 - 1 leaves nothing out.
-    Index target;
-    __builtin_memcpy(&target, target_, sizeof target);
-    if (job_.task == Task::kSoftmax) target = Index{} + ~0u;
-    const bool keep_z = job_.task == Task::kLogSoftmax;
+  // Swaps the entries left out with those of `others`.
+  static __attribute__((always_inline)) void swap(const Tile& tile, F& others) {
+    alignas(kBytes) uint32_t at[L];
+    alignas(kBytes) float mine[L];
+    __builtin_memcpy(at, &tile.looked.target, sizeof at);
+    __builtin_memcpy(mine, &others, sizeof mine);
+#pragma GCC unroll 16
+    for (int k = 0; k < L; k++) {
+      float& entry = tile.e[int64_t{at[k]} * L + k];
+      const float kept = entry;
+      entry = mine[k];
+      mine[k] = kept;
+    }
+    __builtin_memcpy(&others, mine, sizeof mine);
+  }
 
-    Wide mass = all(0), mass2 = mass, sum = mass;
-    F e_out = {}, z_out = {};
-    const auto one = [&](int64_t j, Wide& to) __attribute__((always_inline)) {
-      const F x = load(e_ + j * L), d = x - origin, h = kScaled ? tau * d : d;
-      const F e = exp.template operator()<kScaled>(h, kScaled ? fma(tau, d, -h) : h);
-      const auto out = target == static_cast<uint32_t>(j);
-      if (!keep_z) store(e_ + j * L, e);
-      e_out = select(out, e, e_out);
-      z_out = select(out, x, z_out);
-      to = to + widen(select(out, F{}, e));
-      if (kSmooth) sum = sum + widen(d);
+  // The tile becomes e = exp(tau (z - origin)) 2^(K - reference), but for log-softmax; found are
+  // the mass and e of the entry left out and of the maximum.
+  void exponentials(Tile& tile) const {
+    const F m = tile.found.m;
+    if (job_.logit_scale != 1) return exponentials<Form::kScaled>(tile);
+    const auto plain = ((m < kOrigin) & (m > -kOrigin)) | (m == -kInfinity);
+    all_set(plain) ? exponentials<Form::kPlain>(tile) : exponentials<Form::kShifted>(tile);
+  }
+
+  template <Form form>
+  void exponentials(Tile& tile) const {
+    Found& found = tile.found;
+    const F m = found.m, tau = splat(static_cast<float>(job_.logit_scale));
+    const F top = form == Form::kScaled ? tau * m : m;
+    const auto near = (top < kOrigin) & (top > -kOrigin);
+    const F origin = select(near | (top == -kInfinity), F{}, m);
+    const F rounder = splat(0x1.8p23f);
+    const F reference =
+        fma(select(near, top, F{}), splat(static_cast<float>(kLog2E)), rounder) - rounder;
+    const Exp<float> exp(tile.looked.bias - reference);
+
+    // n logits become their e, worked on in turn (exp.h, d).
+    const auto turn = [&](auto& x) __attribute__((always_inline)) {
+      constexpr int n = sizeof(x) / sizeof(F);
+      F low[n];
+      for (int k = 0; k < n; k++) {
+        const F d = form == Form::kPlain ? x[k] : x[k] - origin;
+        x[k] = form == Form::kScaled ? tau * d : d;
+        low[k] = form == Form::kScaled ? fma(tau, d, -x[k]) : d;
+      }
+      exp.template operator()<form == Form::kScaled>(x, low);
+    };
+    const bool keep_z = job_.task == Task::kLogSoftmax;
+    Wide mass = all(0);
+    const auto some = [&](int64_t j, auto count) __attribute__((always_inline)) {
+      constexpr int n = decltype(count)::value;
+      F x[n];
+      for (int k = 0; k < n; k++) x[k] = load(tile.e + (j + k) * L);
+      turn(x);
+      for (int k = 0; k < n; k++) {
+        if (!keep_z) store(tile.e + (j + k) * L, x[k]);
+        mass = mass + widen(x[k]);
+      }
     };
     int64_t j = 0;
-    for (; j + 1 < V_; j += 2) {
-      one(j, mass);
-      one(j + 1, mass2);
-    }
-    if (j < V_) one(j, mass);
-    m_ = m;
-    z_out_ = z_out;
-    origin_ = widen(origin);
-    sum_ = sum;
-    e_out_ = widen(e_out);
-    beside_ = mass + mass2;
-    const F d = m - origin, h = kScaled ? tau * d : d;
-    top_e_ = widen(exp.template operator()<kScaled>(h, kScaled ? fma(tau, d, -h) : h));
-    const Wide nan = all(__builtin_nan("")), wide_m = widen(m);
-    beside_.low = select(wide_m.low == -kInfinity, nan.low, beside_.low);
-    beside_.high = select(wide_m.high == -kInfinity, nan.high, beside_.high);
+    for (; j + 4 <= V_; j += 4) some(j, std::integral_constant<int, 4>());
+    if (j + 2 <= V_) some(j, std::integral_constant<int, 2>()), j += 2;
+    if (j < V_) some(j, std::integral_constant<int, 1>());
+    F single[2] = {m, found.z_out};
+    turn(single);
+    found.top_e = widen(single[0]);
+    found.e_out = job_.task == Task::kSoftmax ? all(0) : widen(single[1]);
+    found.beside = mass;
+    found.spoil_empty();
+    if (keep_z) swap(tile, found.z_out);
   }
 
-  // e times coefficient / S - offset, `value` at the target, 0 in dropped rows.
-  template <bool kSmooth, bool kTarget>
-  void finish(Wide quotient, Wide offset, Wide value) {
-    const F high = narrow(quotient);
-    F low = narrow(quotient - widen(high));
+  // e times coefficient / S - offset, 0 in dropped rows.
+  template <bool kSmooth>
+  void finish(const Tile& tile) const {
+    const Factors& factors = tile.factors;
+    const F high = narrow(factors.quotient);
+    F low = narrow(factors.quotient - widen(high));
     low = select((low - low) == 0, low, F{});
-    const F minus = narrow(offset), at_target = narrow(value);
-    Index target, kept;
-    __builtin_memcpy(&target, target_, sizeof target);
-    __builtin_memcpy(&kept, kept_, sizeof kept);
+    const F minus = narrow(factors.offset);
+    const Index kept = tile.looked.kept;
     for (int64_t j = 0; j < V_; j++) {
-      const F e = load(e_ + j * L);
-      F g = fma(e, high, kSmooth ? fma(e, low, -minus) : e * low);
-      if (kTarget) g = select(target == static_cast<uint32_t>(j), at_target, g);
-      store(e_ + j * L, (F)((Index)g & kept));
+      const F e = load(tile.e + j * L);
+      const F g = fma(e, high, kSmooth ? fma(e, low, -minus) : e * low);
+      store(tile.e + j * L, (F)((Index)g & kept));
     }
   }
 
-  bool losses(int64_t i, int n) {
-    const double tau = job_.logit_scale, c = job_.z_loss, on = job_.on, off = job_.off;
-    const bool smooth = off != 0;
-    const Wide m = widen(m_), z_t = widen(z_out_), s = beside_ + e_out_;
-    // lse - z at the maximum: log1p(U / e_t) where that is the target, else log(S / e_m).
-    const auto top_of = [](D u, D e_t, D s_, D e_m, D m_, D z) {
-      const auto right = m_ == z;
-      return log1p(select(right, u, s_ - e_m) / select(right, e_t, e_m));
-    };
-    const Wide top = {top_of(beside_.low, e_out_.low, s.low, top_e_.low, m.low, z_t.low),
-                      top_of(beside_.high, e_out_.high, s.high, top_e_.high, m.high, z_t.high)};
-    const auto below_of = [&](D a, D b) { return select(a == b, D{}, tau * (a - b)); };
-    const Wide nll = each(m, z_t, below_of) + top;
-    const Wide lse = all(tau) * m + top;
-    const double q = on + V_ * off;
-    const Wide more = all(2 * c) * lse;
-    if (c != 0 && !within(more, kMostZLoss, n)) return false;
-    if (job_.loss) {
-      Wide loss = nll;
-      if (smooth) {
-        const Wide spread = all(static_cast<double>(V_)) * top +
-                            all(tau) * (all(static_cast<double>(V_)) * (m - origin_) - sum_);
-        loss = all(off) * spread;
-        if (on != 0) loss = loss + all(on) * nll;
-      }
-      if (c != 0) loss = loss + all(q * c) * lse * lse;
-      loss = load_wide(scale_) * loss;
-      if (n == L && all_kept_) {
-        store_wide(job_.loss + i, loss);
-      } else {
-        alignas(kBytes) double out[L];
-        store_wide(out, loss);
-        for (int k = 0; k < n; k++) job_.loss[i + k] = kept_[k] ? out[k] : 0;
-      }
-    }
-    if (!job_.out.data) return true;
-    const Wide coefficient = load_wide(upstream_) * all(tau);
-    const Wide share = all(1) / s;
-    Wide at_target = all(-(on + off)) * beside_ * share, factor = all(q);
-    if (smooth || c != 0) {
-      Wide rest = all(smooth ? (V_ - 1) * off : 0);
-      if (c != 0) rest = rest + more * all(q), factor = factor + more * all(q);
-      at_target = at_target + e_out_ * share * rest;
-    }
-    const Wide quotient = coefficient * factor * share;
-    if (smooth) {
-      finish<true, true>(quotient, coefficient * all(off), coefficient * at_target);
-    } else {
-      finish<false, true>(quotient, quotient, coefficient * at_target);
-    }
-    return true;
-  }
-
-  // No kept row's number beyond the limit?
-  bool within(Wide x, double limit, int n) const {
-    alignas(kBytes) double numbers[L];
-    store_wide(numbers, x);
-    bool good = true;
-    for (int k = 0; k < n; k++) good &= !kept_[k] || !(std::fabs(numbers[k]) > limit);
-    return good;
-  }
-
-  void probabilities() {
-    if (job_.task == Task::kSoftmax) {
-      const Wide quotient = all(1) / beside_;
-      finish<false, false>(quotient, quotient, quotient);
-      return;
-    }
+  void log_probabilities(const Tile& tile) const {
+    const Found& found = tile.found;
     const F tau = splat(static_cast<float>(job_.logit_scale));
-    const F rest = narrow(each(beside_, top_e_, [](D u, D e) { return log1p(u / e); }));
-    for (int64_t j = 0; j < V_; j++) {
-      store(e_ + j * L, tau * (load(e_ + j * L) - m_) - rest);
-    }
+    const F rest = narrow(each(found.beside, found.top_e, [](D u, D e) { return log1p(u / e); }));
+    for (int64_t j = 0; j < V_; j++)
+      store(tile.e + j * L, tau * (load(tile.e + j * L) - found.m) - rest);
   }
 
   const RowJob& job_;
   const int64_t V_;
-  const bool uniform_;  // one scale for all rows
-  bool uniform_fits_ = true, all_kept_ = true;
+  const bool contiguous_, dense_in_, dense_out_;
+  const Numbers numbers_;
+  int whole_, most_ = 1;  // whole_: of the rows of a full tile
   float* e_ = nullptr;
-  alignas(kBytes) uint32_t target_[L], kept_[L];
-  alignas(kBytes) float bias_[L];
-  alignas(kBytes) double scale_[L], upstream_[L];
-  F m_, z_out_;
-  Wide origin_, sum_, e_out_, beside_, top_e_;
+  Tile tiles_[kTiles];
 };
 
 template <class S>
 void serve(const RowJob& job, int64_t begin, int64_t end) {
   Tiles<S> tiles(job);
   if (!tiles.prepare()) return report_out_of_memory(job);
-  for (int64_t i = begin; i < end;) {
-    int64_t n = tiles.room(i);
-    if (n > end - i) n = end - i;
-    if (!tiles.run(i, static_cast<int>(n)))
-      // Row by row, so that no row's bits depend on its neighbours.
-      for (int64_t k = i; k < i + n; k++)
-        if (!tiles.run(k, 1)) serve_rows(job, k, k + 1);
-    i += n;
-  }
+  tiles.serve(begin, end);
 }
 
 }  // namespace

@@ -32,9 +32,6 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end);  // general.c
 
 namespace {
 
-// An output that no cache will hold is better written past it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 // The rows of one storage type.
 template <class S>
 class Rows {
@@ -42,14 +39,13 @@ class Rows {
   using Type = typename S::Type;
   static constexpr int64_t kBlock = kBlockBytes / sizeof(T);
   static constexpr bool kPlain = sizeof(Type) == sizeof(T);
-  static constexpr int64_t kSize = sizeof(Type);
 
  public:
   explicit Rows(const RowJob& job)
       : job_(job),
         V_(job.logits.classes),
         n_blocks_((V_ + kBlock - 1) / kBlock),
-        streams_(S::kStreams && V_ * kSize >= 1024 && job.n_rows * V_ * kSize >= kStreamBytes) {}
+        streams_(streams<S>(job)) {}
 
   // False: no memory.
   bool prepare() {
@@ -76,7 +72,7 @@ class Rows {
     const double scale = job_.logit_scale, z_t = first(z + t);
     const int bias = bias_for(r * w, u * w);
     read(z, t, smooth, g != nullptr, bias);
-    const RowSums<T> row = join(blocks_, n_blocks_, scale);
+    const RowSums<T> row = join_blocks(blocks_, n_blocks_, scale);
 
     // lse - z at the maximum and at the target, and lse itself.
     const Word all = row.all();
@@ -109,14 +105,14 @@ class Rows {
   void softmax(const Type* z, Type* p) const {
     const int bias = bias_for(1, 1);
     read(z, -1, false, true, bias);
-    const RowSums<T> row = join(blocks_, n_blocks_, job_.logit_scale);
+    const RowSums<T> row = join_blocks(blocks_, n_blocks_, job_.logit_scale);
     write(p, row.all(), 1, 0, -1, 0);
   }
 
   void log_softmax(const Type* z, Type* out) const {
     const int bias = bias_for(1, 1);
     read(z, -1, false, true, bias, true);
-    RowSums<T> row = join(blocks_, n_blocks_, job_.logit_scale);
+    RowSums<T> row = join_blocks(blocks_, n_blocks_, job_.logit_scale);
     // Every block left its own maximum out; all but the row's come back.
     for (int64_t b = 0; b < n_blocks_; b++)
       if (b != row.top) row.mass.add(blocks_[b].excluded_e * blocks_[b].factor);
@@ -151,9 +147,6 @@ class Rows {
   void read(const Type* z, int64_t excluded, bool smooth, bool keep, int bias,
             bool logits = false) const {
     const double scale = job_.logit_scale;
-    auto* run = scale != 1
-                    ? (keep && !logits ? read_block<T, true, true> : read_block<T, true, false>)
-                    : (keep && !logits ? read_block<T, false, true> : read_block<T, false, false>);
     for (int64_t b = 0; b < n_blocks_; b++) {
       const int64_t begin = b * kBlock, n = V_ - begin < kBlock ? V_ - begin : kBlock;
       Block<T>& block = blocks_[b];
@@ -165,8 +158,8 @@ class Rows {
         out = first_equal(from, n, block.max);
         __builtin_memcpy(e_ + begin, from, static_cast<size_t>(n) * sizeof(T));
       }
-      run(from, keep ? e_ + begin : nullptr, n, out, scale, bias, block,
-          reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
+      read_block(from, keep && !logits ? e_ + begin : nullptr, n, out, scale, bias, block,
+                 reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
       if (smooth) block.sum = block_sum(from, n, block.origin);
     }
   }
@@ -176,11 +169,7 @@ class Rows {
     if constexpr (kPlain) {
       return z;
     } else {
-      constexpr int L = Lanes<T>::n;
-      int64_t j = 0;
-      for (; j + L <= n; j += L) store(numbers_ + j, S::load(z + j));
-      if (j < n) store(numbers_ + j, load_part<S>(z + j, static_cast<int>(n - j), T(0)));
-      return numbers_;
+      return widen_block<S>(z, n, numbers_);
     }
   }
 

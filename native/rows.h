@@ -78,6 +78,8 @@ struct RowJob {
 struct Kernels {
   // Index targets and none, float compute, few classes: one row a lane, in any layout (lanes.cpp).
   void (*lanes)(const RowJob&, int64_t begin, int64_t end);
+  // The same for more classes, as long as a row is one block (short.cpp).
+  void (*short_rows)(const RowJob&, int64_t begin, int64_t end);
   // Index targets and none, in lanes of the compute dtype: see rows.cpp for what it takes.
   void (*rows)(const RowJob&, int64_t begin, int64_t end);
   // Everything, in lanes of float64.
@@ -104,6 +106,11 @@ inline bool fast_rows(const RowJob& job) {
 // say, so that it never changes a bit.
 inline bool lane_rows(const RowJob& job) {
   return fast_rows(job) && job.logits.dtype != Dtype::kFloat64 && job.logits.classes <= 48;
+}
+
+// Is a row one block? The row's numbers are then worked out for several rows at once.
+inline bool short_rows(const RowJob& job) {
+  return fast_rows(job) && job.logits.dtype != Dtype::kFloat64 && job.logits.classes <= 4096;
 }
 
 }  // namespace crossent

@@ -34,6 +34,7 @@ struct Lanes<float> {
   typedef float V __attribute__((vector_size(kBytes)));
   typedef float U __attribute__((vector_size(kBytes), aligned(4), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+  typedef int32_t Ints __attribute__((vector_size(kBytes)));
 };
 template <>
 struct Lanes<double> {
@@ -41,6 +42,7 @@ struct Lanes<double> {
   typedef double V __attribute__((vector_size(kBytes)));
   typedef double U __attribute__((vector_size(kBytes), aligned(8), may_alias));
   typedef uint64_t Bits __attribute__((vector_size(kBytes)));
+  typedef int64_t Ints __attribute__((vector_size(kBytes)));
 };
 using F = Lanes<float>::V;
 using D = Lanes<double>::V;
@@ -112,12 +114,26 @@ CROSSENT_INLINE D high(F x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)
 CROSSENT_INLINE F join(D a, D b) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a)), _mm256_cvtpd_ps(b), 1);
 }
+#elif defined(__x86_64__)
+// Not by lanes, D{x[0], x[1]}: GCC 12 takes such a conversion back, and the rounding with it, in
+// one half of the lanes and not in the other.
+CROSSENT_INLINE D low(F x) { return _mm_cvtps_pd(x); }
+CROSSENT_INLINE D high(F x) { return _mm_cvtps_pd(_mm_movehl_ps(x, x)); }
+CROSSENT_INLINE F join(D a, D b) { return _mm_movelh_ps(_mm_cvtpd_ps(a), _mm_cvtpd_ps(b)); }
+#elif defined(__aarch64__)
+CROSSENT_INLINE D low(F x) { return (D)vcvt_f64_f32(vget_low_f32((float32x4_t)x)); }
+CROSSENT_INLINE D high(F x) { return (D)vcvt_high_f64_f32((float32x4_t)x); }
+CROSSENT_INLINE F join(D a, D b) {
+  return (F)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)a), (float64x2_t)b);
+}
 #else
 CROSSENT_INLINE D low(F x) { return D{x[0], x[1]}; }
 CROSSENT_INLINE D high(F x) { return D{x[2], x[3]}; }
 CROSSENT_INLINE F join(D a, D b) {
-  return F{static_cast<float>(a[0]), static_cast<float>(a[1]), static_cast<float>(b[0]),
-           static_cast<float>(b[1])};
+  F x = {static_cast<float>(a[0]), static_cast<float>(a[1]), static_cast<float>(b[0]),
+         static_cast<float>(b[1])};
+  asm("" : "+m"(x));  // see above
+  return x;
 }
 #endif
 
@@ -149,6 +165,27 @@ CROSSENT_INLINE D fma(D a, D b, D c) {
 template <class M, class V>
 CROSSENT_INLINE V select(M mask, V x, V y) {
   return mask ? x : y;
+}
+
+// Of masks, whose lanes are all bits or none.
+template <class M>
+CROSSENT_INLINE bool any_set(M mask) {
+  uint64_t words[sizeof(M) / 8], either = 0;
+  memcpy(words, &mask, sizeof words);
+  for (uint64_t word : words) either |= word;
+  return either != 0;
+}
+template <class M>
+CROSSENT_INLINE bool all_set(M mask) {
+  return !any_set(~mask);
+}
+
+// The first n lanes but lane `out`; either may be beyond the lanes there are.
+template <class T>
+CROSSENT_INLINE auto lanes_but(int n, int out) {
+  typename Lanes<T>::Ints lane;
+  for (int k = 0; k < Lanes<T>::n; k++) lane[k] = k;
+  return (lane < n) & (lane != out);
 }
 
 // The exponent of |x|, -1023 for 0 and 1024 for infinity and NaN: as ilogb, but a few instructions.

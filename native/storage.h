@@ -103,7 +103,7 @@ CROSSENT_INLINE typename S::V load_part(const typename S::Type* p, int n, typena
   alignas(kBytes) T lanes[Lanes<T>::n];
   for (int k = 0; k < n; k++) part[k] = p[k];
   store(lanes, S::load(part));
-  for (int k = n; k < Lanes<T>::n; k++) lanes[k] = fill;
+  for (int k = 0; k < Lanes<T>::n; k++) lanes[k] = k < n ? lanes[k] : fill;
   return load(lanes);
 }
 template <class S>
