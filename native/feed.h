@@ -44,6 +44,11 @@ class Feed {
     return copies_in_ ? in_copy_ + (row - begin_) * in_.classes
                       : reinterpret_cast<const Type*>(in_.row(row));
   }
+  // The start of the row `by` rows on, for fetching; of this one where there is none.
+  const char* ahead(int64_t row, int64_t by) const {
+    const bool there = !copies_in_ && row + by < in_.outer * in_.inner;
+    return there ? in_.row(row + by) : reinterpret_cast<const char*>(in(row));
+  }
   Type* out(int64_t row) const {
     if (!out_.data) return nullptr;
     return copies_out_ ? out_copy_ + (row - begin_) * in_.classes

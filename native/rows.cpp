@@ -71,6 +71,7 @@ class Rows {
     const bool smooth = job_.off != 0;
     const double scale = job_.logit_scale, z_t = first(z + t);
     const int bias = bias_for(r * w, u * w);
+    if (g && streams_) __builtin_prefetch(g, 1), __builtin_prefetch(g + V_, 1);
     read(z, t, smooth, g != nullptr, bias);
     const RowSums<T> row = join_blocks(blocks_, n_blocks_, scale);
 
