@@ -294,7 +294,7 @@ def test_help_and_version(run):
     for arguments in ((), ("--help",)):
         status, out, _ = run(*arguments)
         assert status == 0
-        assert all(name in out for name in ("train", "predict", "explain", "check"))
+        assert all(name in out for name in ("train", "predict", "explain", "check", "bench"))
     assert "--test-size" in run("train", "--help")[1]
 
 
