@@ -8,13 +8,14 @@ import typer
 app = typer.Typer(
     help="Time this library and its peers in one run, on the same inputs.",
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 
 
-@app.callback()
-def bench() -> None:
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
     """Time this library and its peers in one run, on the same inputs."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()

@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
         "caches": _caches(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "huge_pages": huge_pages(),
-        "system": f"{_distribution()}, {platform.system()} {platform.release()}",
+        "system": f"{_distribution()}, {platform.system()} {platform.release().partition('-')[0]}",
         "isa": _native.isa(),
         "isas": _native.available_isas(),
     }

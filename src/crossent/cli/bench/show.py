@@ -134,7 +134,7 @@ def _group(group: Group) -> str:
 
 
 def _who(report: Report) -> str:
-    lines: list[tuple[str, ...]] = [("peer", "what is timed", "")]
+    lines: list[tuple[str, ...]] = [("peer", "what is timed", "left out")]
     for peer in report.peers:
         lines.append((peer["title"], peer["how"], peer["skipped"] or ""))
     return _table(lines, 3)

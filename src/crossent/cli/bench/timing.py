@@ -28,10 +28,10 @@ Key = TypeVar("Key", bound=Hashable)
 METHOD = (
     "Contenders take turns, one call a round, in an order drawn anew for each round; a turn begins "
     "once no thread of the process runs any more, and calls under 20 ms are made once untimed "
-    "before. Calls shorter than 1 ms are timed in a loop. Times are medians with quartiles, and "
+    "before. Calls shorter than 5 ms are timed in a loop. Times are medians with quartiles, and "
     "include the release of what a call returned."
 )
-_SHORT = 1e-3  # seconds that a timed span should last at least
+_SHORT = 5e-3  # seconds that a timed span should last at least
 _QUICK = 20e-3
 _LONGEST_REST = 0.1
 
