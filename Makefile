@@ -30,6 +30,10 @@ train: $(VENV)/.stamp-package ## fit a softmax layer to the digits and write a r
 test: $(VENV)/.stamp-package $(VENV)/.stamp-test ## the test suite (ARGS="-k gradient")
 	@CROSSENT_TEST_REQUIRE=$(TEST_REQUIRE) $(RUN) -m pytest $(ARGS)
 
+.PHONY: bench
+bench: $(VENV)/.stamp-package $(VENV)/.stamp-bench ## time the rows against peers and plain copies (ARGS="--shapes imagenet")
+	@$(RUN) -m crossent bench rows $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.stamp-package $(VENV)/.stamp-lint ## ruff, mypy and clang-format
 	$(RUN) -m ruff check
@@ -82,6 +86,11 @@ $(VENV)/.stamp-package: $(SOURCES) $(VENV)/.sources $(VENV)/.stamp-build-tools
 $(VENV)/.stamp-test: pyproject.toml $(VENV)/.stamp-venv | $(VENV)/.stamp-package
 	$(call begin,what the tests need (PyTorch among it; this takes a while))
 	@$(INSTALL) --group test
+	$(end)
+
+$(VENV)/.stamp-bench: pyproject.toml $(VENV)/.stamp-venv | $(VENV)/.stamp-package
+	$(call begin,the peers of the benchmark (PyTorch and JAX; this takes a while))
+	@$(INSTALL) --group bench
 	$(end)
 
 $(VENV)/.stamp-lint: pyproject.toml $(VENV)/.stamp-venv

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <utility>
 
+#include "copy.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -251,6 +252,17 @@ nb::tuple scan(const Numbers<int64_t>& target, int64_t n_classes, int64_t skip,
   return nb::make_tuple(found.first_bad, found.kept, found.weight_sum);
 }
 
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
+  const auto n = static_cast<int64_t>(out.size());
+  const uint8_t *to = out.data(), *from = source.data();
+  require(static_cast<int64_t>(source.size()) == n, "expected as many bytes as out has");
+  require(to + n <= from || from + n <= to, "expected two places apart");
+  nb::gil_scoped_release release;
+  copy_bytes(out.data(), from, n, streaming);
+}
+
 }  // namespace
 }  // namespace crossent
 
@@ -264,6 +276,7 @@ NB_MODULE(_native, m) {
         "row_weight"_a.noconvert().none(), "skip"_a, "logit_scale"_a, "softcap"_a);
   m.def("scan_targets", scan, "target"_a.noconvert(), "n_classes"_a, "skip"_a,
         "row_weight"_a.noconvert().none(), "class_weight"_a.noconvert().none());
+  m.def("copy_bytes", copy, "out"_a.noconvert(), "source"_a.noconvert(), "streaming"_a);
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, "n"_a);
   m.def("available_cpus", available_cpus);

@@ -294,17 +294,18 @@ def test_help_and_version(run):
     for arguments in ((), ("--help",)):
         status, out, _ = run(*arguments)
         assert status == 0
-        assert all(name in out for name in ("train", "predict", "explain", "check"))
+        assert all(name in out for name in ("train", "predict", "explain", "check", "bench"))
     assert "--test-size" in run("train", "--help")[1]
 
 
-def test_help_loads_no_heavy_module():
+@pytest.mark.parametrize("command", ["'train'", "'bench', 'rows'"])
+def test_help_loads_no_heavy_module(command):
     code = (
-        "import sys; sys.argv = ['crossent', 'train', '--help']\n"
+        f"import sys; sys.argv = ['crossent', {command}, '--help']\n"
         "from crossent.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'matplotlib', 'polars', 'scipy', 'sklearn', 'safetensors'}\n"
+        "heavy = {'matplotlib', 'polars', 'scipy', 'sklearn', 'safetensors', 'torch', 'jax'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
+from crossent.cli.bench.commands import app as bench
 from crossent.cli.errors import InputError
 
 app = typer.Typer(
-    help="A softmax layer on your data: train, predict, explain, check.",
+    help="A softmax layer on your data: train, predict, explain, check, bench.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 
 class Scale(StrEnum):

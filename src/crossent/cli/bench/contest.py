@@ -1,0 +1,143 @@
+"""One problem: crossent, the copies and the peers made ready, checked against crossent, timed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import crossent
+from crossent import _native
+from crossent.cli.bench.peers import (
+    Arrays,
+    Contender,
+    Output,
+    Peer,
+    Problem,
+    Task,
+    Unserved,
+)
+from crossent.cli.bench.results import Kind, Timed
+from crossent.cli.bench.timing import Call, Effort, interleaved
+from crossent.cli.errors import first_line
+
+_ROWS = 64  # at most, of those that are compared
+
+# relative to each entry, and to the largest one: peers subtract from 1 and sum in the dtype
+_TOLERANCE = {
+    "float64": (1e-6, 1e-12),
+    "float32": (1e-3, 1e-6),
+    "float16": (1e-1, 1e-3),
+    "bfloat16": (1e-1, 1e-2),
+}
+
+
+def contest(
+    problem: Problem, peers: list[Peer], effort: Effort, tell: Callable[[str], object]
+) -> tuple[tuple[Timed, ...], dict[str, str]]:
+    """Return the times of everybody who solves `problem`, and why the other peers do not.
+
+    Parameters
+    ----------
+    problem : Problem
+    peers : list of Peer
+        All installed.
+    effort : Effort
+    tell : callable
+        Is told what goes on.
+    """
+    entered: dict[tuple[str, str], tuple[str, Kind, Contender]] = {}
+    for contender in ours(problem):
+        entered["crossent", contender.output] = ("crossent", "crossent", contender)
+    expected = _sampled(problem, next(iter(entered.values()))[2])
+    skipped: dict[str, str] = {}
+    for peer in peers:
+        tell(f"preparing {peer.title}: {_text(problem)}")
+        try:
+            peer.prepare(problem.threads)
+            contenders = peer.contenders(problem)
+            for contender in contenders:
+                _compare(_sampled(problem, contender), expected, problem)
+        except Unserved as why:
+            skipped[peer.name] = str(why)
+        except Exception as error:  # whatever a peer, or the compiler it needs, may raise
+            skipped[peer.name] = f"failed: {first_line(error)}"
+        else:
+            for contender in contenders:
+                entered[peer.name, contender.output] = (peer.title, "peer", contender)
+    for name, (title, contender) in copies(problem).items():
+        entered[name, contender.output] = (title, "copy", contender)
+        contender.call()
+    tell(f"timing {_text(problem)}")
+    gc.collect()
+    timings = interleaved({key: entry[2].call for key, entry in entered.items()}, effort)
+    times = tuple(
+        Timed(key[0], title, kind, contender.output, timings[key])
+        for key, (title, kind, contender) in entered.items()
+    )
+    return times, skipped
+
+
+def ours(problem: Problem) -> list[Contender]:
+    """Return crossent's own calls."""
+    x, t, axis, kept = problem.logits, problem.target, problem.axis, problem.kept
+    value_and_grad = crossent.cross_entropy_value_and_grad
+    if problem.task == "loss+gradient":
+        return [
+            Contender("fresh", lambda: value_and_grad(x, t, axis=axis)),
+            Contender("kept", lambda: value_and_grad(x, t, axis=axis, out=kept)),
+        ]
+    others: dict[Task, tuple[Call, Output]] = {
+        "loss": (lambda: crossent.cross_entropy(x, t, axis=axis), "none"),
+        "softmax": (lambda: crossent.softmax(x, axis=axis), "fresh"),
+        "log_softmax": (lambda: crossent.log_softmax(x, axis=axis), "fresh"),
+        "stats": (lambda: crossent.cross_entropy_stats(x, t, axis=axis), "none"),
+    }
+    call, output = others[problem.task]
+    return [Contender(output, call)]
+
+
+def copies(problem: Problem) -> dict[str, tuple[str, Contender]]:
+    """Return the copies of the same bytes, by name, each with its title."""
+    x, kept = problem.logits, problem.kept
+    source, out = (array.reshape(-1).view(np.uint8) for array in (x, kept))
+
+    def by_all_threads(streaming: bool) -> Call:
+        return lambda: _native.copy_bytes(out, source, streaming)
+
+    return {
+        "copy": ("x.copy()", Contender("fresh", x.copy)),
+        "copyto": ("numpy.copyto", Contender("kept", lambda: np.copyto(kept, x))),
+        "threads": ("copy, all threads", Contender("kept", by_all_threads(False))),
+        "stream": ("copy, all threads, streaming", Contender("kept", by_all_threads(True))),
+    }
+
+
+def _sampled(problem: Problem, contender: Contender) -> Arrays:
+    """Return a contender's result: single numbers, and of large arrays some of the rows."""
+    return tuple(_some_rows(part, problem) for part in contender.read(contender.call()))
+
+
+def _some_rows(array: NDArray[Any], problem: Problem) -> NDArray[Any]:
+    if array.shape != problem.logits.shape:
+        return np.array(array, np.float64)
+    rows = np.moveaxis(array, problem.axis, -1)
+    index = np.linspace(0, problem.target.size - 1, _ROWS).round().astype(np.int64)
+    return rows[np.unravel_index(index, problem.target.shape)].astype(np.float64)
+
+
+def _compare(found: Arrays, expected: Arrays, problem: Problem) -> None:
+    """Raise an `ArithmeticError` where a peer's result is not crossent's."""
+    relative, absolute = _TOLERANCE[problem.logits.dtype.name]
+    for part, right in zip(found, expected, strict=True):
+        error = np.abs(part - right) - relative * np.abs(right)
+        worst = float(error.max() / np.abs(right).max())
+        if not worst <= absolute:
+            raise ArithmeticError(f"its result is not crossent's (off by {worst:.1e})")
+
+
+def _text(problem: Problem) -> str:
+    return f"{problem.task} of {problem.logits.dtype.name} {problem.logits.shape}"

@@ -1,0 +1,153 @@
+"""What a run found, the ratios that follow from it, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from crossent.cli.bench.peers import Output, Task
+from crossent.cli.bench.timing import Timing
+
+Kind = Literal["crossent", "peer", "copy"]
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One contender's time for one problem."""
+
+    name: str
+    title: str
+    kind: Kind
+    output: Output
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A contender of ours over something else: the quotient of two medians of one run.
+
+    Parameters
+    ----------
+    output
+        Where ours put its result.
+    over : str
+        "best peer", "numpy.copyto", "x.copy()", "copy by all threads", "fastest copy" or "float32".
+    which : str
+        The one that `over` came to be, as the tables call it.
+    value : float
+        Below 1 ours is faster.
+    """
+
+    output: Output
+    over: str
+    which: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The contenders of one problem, timed in turn; `skipped` says who was left out and why."""
+
+    shape: str
+    use: str
+    logits: tuple[int, ...]
+    axis: int
+    dtype: str
+    task: Task
+    nbytes: int
+    times: tuple[Timed, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def time(self, name: str, output: Output) -> Timed | None:
+        """Return one contender's time."""
+        return next((t for t in self.times if (t.name, t.output) == (name, output)), None)
+
+    def fastest_copy(self) -> Timed | None:
+        """Return the fastest copy into memory that exists already."""
+        copies = (t for t in self.times if t.kind == "copy" and t.output == "kept")
+        return min(copies, key=lambda t: t.timing.median, default=None)
+
+    def best_peer(self, output: Output) -> Timed | None:
+        """Return the fastest peer; one that makes its output anew may stand in for a kept one."""
+        allowed = ("kept", "fresh") if output == "kept" else (output,)
+        peers = (t for t in self.times if t.kind == "peer" and t.output in allowed)
+        return min(peers, key=lambda t: t.timing.median, default=None)
+
+    def ratios(self) -> list[Ratio]:
+        """Return our times over the best peer's and over the copies', fresh over fresh."""
+        found = []
+        for ours in self.times:
+            if ours.kind != "crossent":
+                continue
+            rivals = {"best peer": self.best_peer(ours.output)}
+            if ours.output == "fresh":
+                rivals["x.copy()"] = self.time("copy", "fresh")
+            else:
+                rivals["numpy.copyto"] = self.time("copyto", "kept")
+                rivals["copy by all threads"] = self.time("threads", "kept")
+                rivals["fastest copy"] = self.fastest_copy()
+            found += [
+                Ratio(ours.output, over, rival.title, ours.timing.median / rival.timing.median)
+                for over, rival in rivals.items()
+                if rival is not None
+            ]
+        return found
+
+    def ratio(self, output: Output, over: str) -> Ratio | None:
+        """Return one of `ratios`."""
+        return next((r for r in self.ratios() if (r.output, r.over) == (output, over)), None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run."""
+
+    date: str
+    threads: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    method: str
+    quick: bool
+    peers: tuple[dict[str, Any], ...]
+    groups: tuple[Group, ...]
+
+    def over_float32(self, group: Group) -> list[Ratio]:
+        """Return our times in another dtype over those in float32, for the same shape and task."""
+        if group.dtype == "float32":
+            return []
+        key = (group.shape, group.task, "float32")
+        plain = next((g for g in self.groups if (g.shape, g.task, g.dtype) == key), None)
+        pairs = ((t, plain.time(t.name, t.output)) for t in group.times) if plain else ()
+        return [
+            Ratio(ours.output, "float32", "crossent", ours.timing.median / base.timing.median)
+            for ours, base in pairs
+            if ours.kind == "crossent" and base is not None
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything in plain types; times in seconds a call."""
+        head = {
+            "benchmark": "rows",
+            "schema": SCHEMA,
+            "date": self.date,
+            "threads": self.threads,
+            "isa": self.machine["isa"],
+            "quick": self.quick,
+            "machine": self.machine,
+            "versions": self.versions,
+            "method": self.method,
+            "peers": list(self.peers),
+        }
+        return head | {"results": [self._group_as_json(group) for group in self.groups]}
+
+    def _group_as_json(self, group: Group) -> dict[str, Any]:
+        fields = dataclasses.asdict(group)
+        times = [
+            {name: value for name, value in each.items() if name != "timing"} | each["timing"]
+            for each in fields.pop("times")
+        ]
+        ratios = [dataclasses.asdict(ratio) for ratio in group.ratios() + self.over_float32(group)]
+        return fields | {"n_logits": math.prod(group.logits), "times": times, "ratios": ratios}
