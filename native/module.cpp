@@ -97,13 +97,13 @@ bool poll_signals(void* context) {
   return PyErr_CheckSignals() == 0;
 }
 
-void run_released(const RowJob& job) {
+void run_released(const RowJob& job, double* total = nullptr) {
   if (job.n_rows == 0) return;
   Outcome outcome;
   {
     nb::gil_scoped_release release;
     Interrupts interrupts;
-    outcome = run(job, poll_signals, &interrupts);
+    outcome = run(job, total, poll_signals, &interrupts);
   }
   if (outcome == Outcome::kCancelled) {
     // A signal handler that forked leaves the child without the other threads' share (parallel.h).
@@ -111,6 +111,7 @@ void run_released(const RowJob& job) {
     throw nb::python_error();
   }
   if (outcome == Outcome::kOutOfMemory) throw std::bad_alloc();
+  require(outcome != Outcome::kBadTarget, "target out of range");
 }
 
 RowJob job_for(const ReadOnly& logits) {
@@ -119,11 +120,6 @@ RowJob job_for(const ReadOnly& logits) {
   job.n_rows = job.logits.outer * job.logits.inner;
   require(job.logits.classes >= 1, "expected at least one class");
   return job;
-}
-
-void require_in_range(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip) {
-  const TargetScan scan = scan_targets(target, n, n_classes, skip, nullptr, nullptr);
-  require(scan.first_bad < 0, "target out of range");
 }
 
 // The plan of rows.py, as backends.py lists it; it keeps the arrays alive during the call.
@@ -184,20 +180,25 @@ struct Plan {
       job.kind = Target::kIndex;
       job.target = rows_of(target, n, "expected one target for each row");
       require(job.target != nullptr, "expected a target");
-      require_in_range(job.target, n, V, job.skip);
     }
   }
 };
 
-nb::tuple cross_entropy(const ReadOnly& logits, const nb::tuple& list,
-                        const std::optional<Array>& out) {
+// The rows' losses where `each` is asked for, else their sum.
+nb::object cross_entropy(const ReadOnly& logits, const nb::tuple& list,
+                         const std::optional<Array>& out, bool each) {
   RowJob job = job_for(logits);
   const Plan plan(job, list);
   if (out) job.out = view_like(*out, job.logits, "expected out of the logits' shape");
   if (out) require(job.out.dtype == job.logits.dtype, "expected out of the logits' dtype");
-  nb::object losses = new_array<double>(job.n_rows, &job.loss);
-  run_released(job);
-  return nb::make_tuple(losses, sum(job.loss, job.n_rows));
+  if (each) {
+    nb::object losses = new_array<double>(job.n_rows, &job.loss);
+    run_released(job);
+    return losses;
+  }
+  double total = 0;
+  run_released(job, &total);
+  return nb::float_(total);
 }
 
 void hvp(const ReadOnly& logits, const nb::tuple& list, const ReadOnly& vector, const Array& out) {
@@ -223,11 +224,10 @@ nb::tuple stats(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& t
                 double softcap) {
   RowJob job = job_for(logits);
   job.task = Task::kStats;
-  const int64_t n = job.n_rows, V = job.logits.classes;
+  const int64_t n = job.n_rows;
   if (target) {
     job.kind = Target::kIndex;
     job.target = rows_of(target, n, "expected one target for each row");
-    require_in_range(job.target, n, V, skip);
   }
   job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
   job.skip = skip;
@@ -269,7 +269,7 @@ void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
 NB_MODULE(_native, m) {
   using namespace crossent;
   m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "plan"_a,
-        "out"_a.noconvert().none());
+        "out"_a.noconvert().none(), "each"_a);
   m.def("hvp", hvp, "logits"_a.noconvert(), "plan"_a, "vector"_a.noconvert(), "out"_a.noconvert());
   m.def("softmax", softmax, "logits"_a.noconvert(), "out"_a.noconvert(), "log"_a, "logit_scale"_a);
   m.def("stats", stats, "logits"_a.noconvert(), "target"_a.noconvert().none(),

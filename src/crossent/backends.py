@@ -32,8 +32,11 @@ class Backend(Protocol):
 
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
-    ) -> tuple[NDArray[np.float64], float]:
-        """Return the rows' losses ``(N,)`` and their sum; write the gradient to `out` if given."""
+    ) -> NDArray[np.float64] | float:
+        """Return the rows' losses ``(N,)``, or their sum unless the plan's reduction is "none".
+
+        Writes the gradient to `out`, if given.
+        """
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         """Write softmax or log-softmax to `out`."""
@@ -61,9 +64,10 @@ class NativeBackend:
 
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
-    ) -> tuple[NDArray[np.float64], float]:
+    ) -> NDArray[np.float64] | float:
         gradient = None if out is None else _bits(out)
-        return _native.cross_entropy(_bits(logits), _arguments(plan, upstream), gradient)
+        each = plan[0].reduction == "none"
+        return _native.cross_entropy(_bits(logits), _arguments(plan, upstream), gradient, each)
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         _native.softmax(_bits(logits), _bits(out), log, 1.0)

@@ -131,16 +131,16 @@ class Call:
                 )
         return out
 
-    def loss(self, plan: RowPlan, losses: NDArray[np.float64], total: float) -> Any:
-        """Return the rows' losses or their sum in the compute dtype, as `plan.reduction` says."""
-        if plan.reduction != "none":
-            if self.compute_dtype is _FLOAT64 or abs(total) <= _FLOAT32_MAX:
-                return self.compute_dtype.type(total)
-            losses = np.asarray(total)  # which turns an overflow into infinity in silence below
+    def loss(self, plan: RowPlan, found: NDArray[np.float64] | float) -> Any:
+        """Return what the backend found, the rows' losses or their sum, in the compute dtype."""
+        if isinstance(found, float):
+            if self.compute_dtype is _FLOAT64 or abs(found) <= _FLOAT32_MAX:
+                return self.compute_dtype.type(found)
+            found = np.asarray(found)  # which turns an overflow into infinity in silence below
         with np.errstate(over="ignore"):
-            losses = losses.astype(self.compute_dtype, copy=False)
-        losses = losses.reshape(plan.rows_shape if plan.reduction == "none" else ())
-        return losses if losses.ndim else losses[()]
+            found = found.astype(self.compute_dtype, copy=False)
+        found = found.reshape(plan.rows_shape if plan.reduction == "none" else ())
+        return found if found.ndim else found[()]
 
 
 def _overlaps_itself(array: NDArray[Any]) -> bool:

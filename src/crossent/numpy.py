@@ -167,8 +167,8 @@ def cross_entropy(
             target_prob=target_prob,
         ),
     )
-    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
-    return call.loss(plan, losses, total)
+    found = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
+    return call.loss(plan, found)
 
 
 def cross_entropy_value_and_grad(
@@ -236,10 +236,8 @@ softcap, reduction, divisor, target_prob, axis
     upstream = call.upstream(plan, grad_output)
     beside = (target, weight, sample_weight, target_prob, grad_output)
     grad = call.output() if out is None else call.checked_out(out, beside)
-    losses, total = call.backend.cross_entropy(
-        call.view, call.viewed(plan), upstream, call.three(grad)
-    )
-    return LossGrad(call.loss(plan, losses, total), grad if out is None else out)
+    found = call.backend.cross_entropy(call.view, call.viewed(plan), upstream, call.three(grad))
+    return LossGrad(call.loss(plan, found), grad if out is None else out)
 
 
 def cross_entropy_hvp(
