@@ -28,9 +28,6 @@ struct Limits<double> {
   static constexpr int headroom = 128, lowest_shift = -600, highest_scale = 600;
 };
 
-// An output that no cache will hold is better written past it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 template <class S>
 bool streams(const RowJob& job) {
   const int64_t row = job.logits.classes * int64_t{sizeof(typename S::Type)};

@@ -95,6 +95,9 @@ struct StoredAs<Dtype::kFloat64> {
 template <Dtype dtype>
 using Stored = typename StoredAs<dtype>::type;
 
+// An output that no cache will hold is better written past it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
 // The first n lanes from p (1 <= n <= L), `fill` in the others; the first n lanes to p.
 template <class S>
 CROSSENT_INLINE typename S::V load_part(const typename S::Type* p, int n, typename S::T fill) {
