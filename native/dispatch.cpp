@@ -285,15 +285,11 @@ TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int
                         const double* row_weight, const double* class_weight) {
   TargetScan scan;
   int64_t bad = 0, skipped = 0;
-  const auto limit = static_cast<uint64_t>(n_classes);
-  for (int64_t i = 0; i < n; i++) {
-    skipped += target[i] == skip;
-    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
-  }
+  current().kernels->count_targets(target, n, n_classes, skip, &bad, &skipped);
   if (bad != 0) {
-    for (scan.first_bad = 0;; scan.first_bad++) {
+    for (scan.first_bad = 0; scan.first_bad < n; scan.first_bad++) {
       const int64_t t = target[scan.first_bad];
-      if (static_cast<uint64_t>(t) >= limit && t != skip) return scan;
+      if ((t < 0 || t >= n_classes) && t != skip) return scan;
     }
   }
   scan.kept = n - skipped;

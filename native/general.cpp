@@ -381,6 +381,8 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end) {
 
 void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
 void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
+void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                   int64_t* outside, int64_t* skipped);  // lanes.cpp
 // rows.cpp
 void serve_rows(const RowJob& job, int64_t begin, int64_t end);
 int64_t part_bytes(const RowJob& job);
@@ -390,8 +392,8 @@ bool part_numbers(const RowJob& job, int64_t i, void* at);
 void part_write(const RowJob& job, int64_t i, int64_t part, void* at);
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_lanes, serve_short, serve_rows,   serve_general, part_bytes,
-                         part_start,  part_read,   part_numbers, part_write};
+const Kernels kernels = {serve_lanes, serve_short, serve_rows, serve_general, count_targets,
+                         part_bytes,  part_start,  part_read,  part_numbers,  part_write};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

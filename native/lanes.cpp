@@ -463,5 +463,17 @@ void serve_lanes(const RowJob& job, int64_t begin, int64_t end) {
   }
 }
 
+void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                   int64_t* outside, int64_t* skipped) {
+  const auto limit = static_cast<uint64_t>(n_classes);
+  int64_t bad = 0, none = 0;
+  for (int64_t i = 0; i < n; i++) {
+    none += target[i] == skip;
+    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
+  }
+  *outside = bad;
+  *skipped = none;
+}
+
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

@@ -87,6 +87,10 @@ struct Kernels {
   // Everything, in lanes of float64.
   void (*general)(const RowJob&, int64_t begin, int64_t end);
 
+  // How many of n index targets are outside the classes (but not `skip`), and how many are `skip`.
+  void (*count_targets)(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                        int64_t* outside, int64_t* skipped);
+
   // What `rows` does, for one row in parts of kPartBytes in the compute type. `at` is memory of
   // part_bytes(job) bytes, the row's own. First start, then every part is read, by any thread, then
   // the numbers, then every part is written if there is an output. Where start or numbers say

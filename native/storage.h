@@ -70,8 +70,20 @@ struct StoredHalf {
   using V = F;
   static V load(const Type* p) { return Format::from(*reinterpret_cast<const U16U*>(p)); }
   static void store(Type* p, V x) { *reinterpret_cast<U16U*>(p) = Format::to(x); }
+#if defined(__AVX512F__)
+  static void stream(Type* p, V x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)Format::to(x));
+  }
+  static constexpr bool kStreams = true;
+#elif defined(__AVX2__)
+  static void stream(Type* p, V x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)Format::to(x));
+  }
+  static constexpr bool kStreams = true;
+#else
   static void stream(Type* p, V x) { store(p, x); }
   static constexpr bool kStreams = false;
+#endif
 };
 
 template <Dtype>
