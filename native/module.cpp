@@ -42,17 +42,18 @@ Dtype dtype_of(const nb::dlpack::dtype& d) {
 
 template <class A>
 View view_of(const A& array) {
-  require(array.ndim() == 3, "expected an array (outer, classes, inner)");
+  require(array.ndim() == 2 || array.ndim() == 3,
+          "expected an array (outer, classes, inner) or (rows, classes)");
   View view;
   view.dtype = dtype_of(array.dtype());
   const int64_t size = size_of(view.dtype);
   view.data = const_cast<char*>(static_cast<const char*>(array.data()));
   view.outer = static_cast<int64_t>(array.shape(0));
   view.classes = static_cast<int64_t>(array.shape(1));
-  view.inner = static_cast<int64_t>(array.shape(2));
+  view.inner = array.ndim() == 3 ? static_cast<int64_t>(array.shape(2)) : 1;
   view.outer_stride = array.stride(0) * size;
   view.class_stride = array.stride(1) * size;
-  view.inner_stride = array.stride(2) * size;
+  view.inner_stride = array.ndim() == 3 ? array.stride(2) * size : 0;
   if (view.inner == 1) {  // one axis of rows is the inner one, also where it came first
     std::swap(view.outer, view.inner);
     std::swap(view.outer_stride, view.inner_stride);

@@ -1,7 +1,7 @@
 """Which implementation serves which device and dtype: one list, which the tests iterate.
 
-Every backend takes logits as ``(outer, V, inner)`` and a `RowPlan` from `rows.py`; row
-``i = o·inner + k``. To add one, write its functions and append it to `BACKENDS`.
+Every backend takes logits as ``(outer, V, inner)``, or ``(N, V)`` for inner = 1, and a `RowPlan`
+from `rows.py`; row ``i = o·inner + k``. To add one, write its functions and append it to `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from crossent import _native
 from crossent.rows import RowPlan
 
 Planned = tuple[RowPlan, NDArray[Any] | None]
-"""A plan, and its distribution target as ``(outer, V, inner)`` if that is its kind."""
+"""A plan, and its distribution target, seen as the logits are, if that is its kind."""
 
 
 class Backend(Protocol):
