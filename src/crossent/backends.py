@@ -62,8 +62,9 @@ class NativeBackend:
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
     ) -> tuple[NDArray[np.float64], float]:
-        gradient = None if out is None else _bits(out)
-        return _native.cross_entropy(_bits(logits), _arguments(plan, upstream), gradient)
+        if self.dtype == "bfloat16":
+            logits, out = _bits(logits), None if out is None else _bits(out)
+        return _native.cross_entropy(logits, _arguments(plan, upstream), out)
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         _native.softmax(_bits(logits), _bits(out), log, 1.0)
@@ -116,9 +117,9 @@ BACKENDS: list[Backend] = [
     NativeBackend(dtype) for dtype in ("float64", "float32", "float16", "bfloat16")
 ]
 _BY_NAME = {backend.dtype: backend for backend in BACKENDS if backend.device == "cpu"}
-_BY_CHAR = {np.dtype(name).char: _BY_NAME[name] for name in ("float64", "float32", "float16")}
+_BY_DTYPE = {np.dtype(name): _BY_NAME[name] for name in ("float64", "float32", "float16")}
 
 
 def backend_for(dtype: np.dtype[Any]) -> Backend:
     """Return the backend of NumPy arrays of `dtype`."""
-    return _BY_CHAR.get(dtype.char) or _BY_NAME[dtype.name]
+    return _BY_DTYPE.get(dtype) or _BY_NAME[dtype.name]

@@ -233,7 +233,7 @@ softcap, reduction, divisor, target_prob, axis
             target_prob,
         ),
     )
-    upstream = call.upstream(plan, grad_output)
+    upstream = None if grad_output is None else call.upstream(plan, grad_output)
     beside = (target, weight, sample_weight, target_prob, grad_output)
     grad = call.output() if out is None else call.checked_out(out, beside)
     losses, total = call.backend.cross_entropy(

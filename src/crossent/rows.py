@@ -17,7 +17,8 @@ The formulas are those of the design page, section 3 (`docs/maths.md`).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,8 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.char in "dfe" or (dtype.kind == "V" and dtype.name == "bfloat16")
 
 
-class RowPlan(NamedTuple):
+@dataclass(slots=True, eq=False)
+class RowPlan:
     """What every row of a loss means, in compute-dtype numbers; kernels see nothing else.
 
     Attributes
@@ -124,8 +126,11 @@ def lower(
     options = options.checked(where, compute_dtype)
     rows_shape = shape[:axis] + shape[axis + 1 :]
     n_classes = shape[axis]
-    class_weight = _class_weight(where, options.weight, n_classes, compute_dtype)
-    row_weight = _row_weight(where, options.sample_weight, rows_shape, compute_dtype)
+    class_weight = row_weight = None
+    if options.weight is not None:
+        class_weight = _class_weight(where, options.weight, n_classes, compute_dtype)
+    if options.sample_weight is not None:
+        row_weight = _row_weight(where, options.sample_weight, rows_shape, compute_dtype)
 
     target_prob = None
     if options.target_prob is not None:
@@ -163,7 +168,7 @@ def lower(
     on = 1.0 - options.label_smoothing
     off = options.label_smoothing / n_classes
     softcap = options.softcap or 0.0
-    # In the order of the fields: by name it takes twice the time (1 µs).
+    # In the order of the fields: by name they take 0.8 µs more.
     return RowPlan(
         kind,
         rows_shape,
@@ -194,9 +199,7 @@ def _divisor(kept: int, weight_sum: float, options: Options) -> float:
 
 def _class_weight(
     where: str, weight: object, n_classes: int, compute_dtype: np.dtype[Any]
-) -> NDArray[np.float64] | None:
-    if weight is None:
-        return None
+) -> NDArray[np.float64]:
     array = _real_array(where, "weight", weight, compute_dtype)
     if array.shape != (n_classes,):
         raise errors.bad_shape(where, "weight", f"({n_classes},), one for each class", array.shape)
@@ -205,9 +208,7 @@ def _class_weight(
 
 def _row_weight(
     where: str, sample_weight: object, rows_shape: tuple[int, ...], compute_dtype: np.dtype[Any]
-) -> NDArray[np.float64] | None:
-    if sample_weight is None:
-        return None
+) -> NDArray[np.float64]:
     array = _real_array(where, "sample_weight", sample_weight, compute_dtype)
     try:
         array = np.broadcast_to(array, rows_shape)
@@ -245,8 +246,8 @@ def _as_target(
     dtype = array.dtype
     if dtype is _INT64 or dtype == _INT64 or dtype.kind == "f" or is_float(dtype):
         # An empty list of indices arrives as float64.
-        if array.size == 0 and array.shape == rows_shape and not isinstance(target, np.ndarray):
-            return array.astype(np.int64)
+        if array is not target and array.size == 0 and array.shape == rows_shape:
+            return array if isinstance(target, np.ndarray) else array.astype(np.int64)
         return array
     if dtype.kind not in "iu":
         raise errors.bad_target_dtype(where, dtype)
