@@ -7,7 +7,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
 #include <type_traits>
 #include <utility>
 
@@ -88,16 +87,8 @@ nb::object new_array(int64_t n, T** data) {
   return array;
 }
 
-struct Interrupts {
-  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
-};
-
-// Lets Python's signal handlers run now and then; false when one has raised (Ctrl-C).
-bool poll_signals(void* context) {
-  auto& last = static_cast<Interrupts*>(context)->last;
-  const auto now = std::chrono::steady_clock::now();
-  if (now - last < std::chrono::milliseconds(50)) return true;
-  last = now;
+// Lets Python's signal handlers run; false when one has raised (Ctrl-C).
+bool poll_signals(void*) {
   nb::gil_scoped_acquire gil;
   return PyErr_CheckSignals() == 0;
 }
@@ -107,8 +98,7 @@ void run_released(const RowJob& job) {
   Outcome outcome;
   {
     nb::gil_scoped_release release;
-    Interrupts interrupts;
-    outcome = run(job, poll_signals, &interrupts);
+    outcome = run(job, poll_signals, nullptr);
   }
   if (outcome == Outcome::kCancelled) {
     // A signal handler that forked leaves the child without the other threads' share (parallel.h).

@@ -1,7 +1,8 @@
 """Which implementation serves which device and dtype: one list, which the tests iterate.
 
-Every backend takes logits as ``(outer, V, inner)``, or ``(N, V)`` for inner = 1, and a `RowPlan`
-from `rows.py`; row ``i = o·inner + k``. To add one, write its functions and append it to `BACKENDS`.
+Every backend takes logits as ``(outer, V, inner)``, where inner is 1 also as ``(N, V)``, and a
+`RowPlan` from `rows.py`; row ``i = o·inner + k``. To add one, write its functions and append it to
+`BACKENDS`.
 """
 
 from __future__ import annotations

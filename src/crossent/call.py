@@ -59,7 +59,7 @@ class Call:
         dtype = logits.dtype
         self.shape = shape
         self.backend = backend_for(dtype)
-        self.compute_dtype = _FLOAT64 if dtype.char == "d" else _FLOAT32
+        self.compute_dtype = _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
         self.view = self.seen(logits)
 
     def seen(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -122,15 +122,11 @@ class Call:
         if not (flags.c_contiguous and flags.aligned):
             if out.size == 0:
                 return out
+            got = f"strides {out.strides}"
             if not flags.aligned or not np.shares_memory(self.seen(out), out):
-                raise errors.bad_out(
-                    self.where, "a plain array", f"strides {out.strides}", "pass a contiguous array"
-                )
+                raise errors.bad_out(self.where, "a plain array", got, "pass a contiguous array")
             if _overlaps_itself(out):
-                raise errors.bad_out(
-                    self.where, "an array of its own memory", f"strides {out.strides}", "pass a copy"
-                )
-        # NumPy looks at bounds first, so that arrays apart cost little.
+                raise errors.bad_out(self.where, "an array of its own memory", got, "pass a copy")
         overlaps = np.shares_memory(out, logits) and not _same_place(out, logits)
         for other in beside:
             overlaps = overlaps or (isinstance(other, np.ndarray) and np.shares_memory(out, other))
