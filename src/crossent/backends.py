@@ -96,6 +96,7 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
     """Return the plan in the order in which the native module takes it apart."""
     row, distribution = plan
+    for_all = isinstance(upstream, float)
     return (
         None if distribution is not None else row.target,
         row.target_prob,
@@ -109,8 +110,8 @@ def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
         row.z_loss,
         row.logit_scale,
         row.softcap,
-        upstream if isinstance(upstream, float) else 1.0,
-        None if isinstance(upstream, float) else upstream,
+        upstream if for_all else 1.0,
+        None if for_all else upstream,
     )
 
 
