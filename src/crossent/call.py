@@ -19,7 +19,7 @@ from crossent.rows import RowPlan
 
 _FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 _READY = {_FLOAT64, _FLOAT32}
-_ONE = {_FLOAT64: np.float64(1), _FLOAT32: np.float32(1)}
+_ONE: dict[np.dtype[Any], Any] = {_FLOAT64: np.float64(1), _FLOAT32: np.float32(1)}
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
