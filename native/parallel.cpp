@@ -159,10 +159,10 @@ struct Job {
 
 bool run_serially(const Job& job, Poller& poller) {
   for (int64_t i = 0; i < job.n; ++i) {
-    if (poller.cancelled()) return false;
     job.body(job.context, i);
+    if (poller.cancelled()) return false;
   }
-  return !poller.cancelled();
+  return true;
 }
 
 template <class Done>
