@@ -111,7 +111,7 @@ sanitize: $(CHECKING) ## the tests under AddressSanitizer and UndefinedBehaviorS
 .PHONY: tsan
 tsan: $(CHECKING) ## kernels and thread pool under ThreadSanitizer
 	@$(WITH_CMAKE) cmake -S native/tests -B build/tsan -DCMAKE_BUILD_TYPE=Release \
-		-DPython_EXECUTABLE=$(CURDIR)/$(RUN) -DCROSSENT_SANITIZE=thread >build/tsan.log
+		-DCROSSENT_SANITIZE=thread >build/tsan.log
 	@$(WITH_CMAKE) cmake --build build/tsan --target parallel_driver kernel_driver >>build/tsan.log
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/parallel_driver
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/kernel_driver
@@ -119,6 +119,10 @@ tsan: $(CHECKING) ## kernels and thread pool under ThreadSanitizer
 .PHONY: emulate
 emulate: $(CHECKING) ## the tests of the kernels with AVX-512 emulated, on a machine without (ARGS="-k softmax")
 	@sh tools/emulate_v4.sh $(ARGS)
+
+.PHONY: aarch64
+aarch64: $(VENV)/.stamp-build-tools ## build for aarch64 and check it there, under QEMU elsewhere
+	@$(WITH_CMAKE) sh tools/aarch64.sh
 
 .PHONY: fuzz
 fuzz: $(CHECKING) ## random calls against the exact answer (CASES=1000000)

@@ -40,6 +40,9 @@ struct Float16 {
   static __attribute__((always_inline)) U16 to(F x) {
     return (U16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+#elif defined(__aarch64__)
+  static __attribute__((always_inline)) F from(U16 h) { return (F)vcvt_f32_f16((float16x4_t)h); }
+  static __attribute__((always_inline)) U16 to(F x) { return (U16)vcvt_f16_f32((float32x4_t)x); }
 #else
   // The exponent is moved by multiplying with 2^112, which makes subnormals right by itself.
   static __attribute__((always_inline)) F from(U16 half) {

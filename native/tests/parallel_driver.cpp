@@ -426,7 +426,7 @@ int main(int argc, char** argv) {
   if (mode == "--threads") return std::printf("%d\n", crossent::num_threads()), 0;
   alarm(600);  // a hang is a failure
   unsetenv("CROSSENT_NUM_THREADS");
-  check_environment(argv[0]);
+  check_environment(argc > 1 ? argv[1] : argv[0]);
   check_every_index_once();
   check_callables();
   check_nested();
