@@ -118,7 +118,7 @@ def overhead() -> float:
 def kernel(problem: Problem) -> Callable[[], Any]:
     """Return the backend's call with everything prepared: what the front end adds is left out."""
     call = Call("profile", problem.logits, problem.axis)
-    plan, out = call.viewed(call.plan(problem.target, Options())), call.three(problem.kept)
+    plan, out = call.viewed(call.plan(problem.target, Options())), call.seen(problem.kept)
     return lambda: call.backend.cross_entropy(call.view, plan, None, out)
 
 
@@ -168,7 +168,7 @@ def call_parts() -> Iterator[tuple[str, ...]]:
     call = Call("profile", logits, -1)
     options = Options()
     plan = call.plan(target, options)
-    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, call.three(kept))
+    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, call.seen(kept))
     value_and_grad = crossent.cross_entropy_value_and_grad
     parts: dict[str, Callable[[], Any]] = {
         "the whole call": lambda: value_and_grad(logits, target),

@@ -28,9 +28,6 @@ struct Limits<double> {
   static constexpr int headroom = 128, lowest_shift = -600, highest_scale = 600;
 };
 
-// An output that no cache will hold is better written past it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
 template <class S>
 bool streams(const RowJob& job) {
   const int64_t row = job.logits.classes * int64_t{sizeof(typename S::Type)};
@@ -44,7 +41,8 @@ struct Block {
   int reference;      // e = exp(scale (z - origin)) 2^(K - reference)
   double factor;      // from the block's reference to the row's
   double excluded_e;  // e of the entry left out of the mass
-  double sum;         // of z - origin, where smoothing wants it
+  double sum;         // of z - origin, for smoothing; of e (max - z), for the entropy
+  int64_t above;      // how many are above the target, for its rank
   Word mass;
 };
 
@@ -73,6 +71,13 @@ template <class T>
 struct Vectors {
   static constexpr int n = sizeof(T) == 4 ? 4 : 2;
 };
+
+// The lines at a streamed row's ends, written the ordinary way.
+template <class Type>
+CROSSENT_INLINE void fetch_ends(const Type* out, int64_t n) {
+  __builtin_prefetch(out, 1);
+  __builtin_prefetch(out + n, 1);
+}
 
 template <class T>
 CROSSENT_INLINE typename Lanes<T>::V load_some(const T* p, int n, T fill) {
@@ -135,6 +140,43 @@ double block_sum(const T* z, int64_t n, T origin_) {
   for (; j + L <= n; j += L) sum.add(load(z + j) - origin);
   if (j < n) sum.add(load_some(z + j, static_cast<int>(n - j), origin_) - origin);
   return sum.total().value();
+}
+
+// sum_j e_j (max - z_j), in double. What is far below counts nothing, and less at -inf.
+template <class T>
+double sum_below(const T* z, const T* e, int64_t n, T max_) {
+  constexpr double kFar = 1e5;
+  double sum = 0;
+  int64_t j = 0;
+  if constexpr (sizeof(T) == 4) {
+    constexpr int L = Lanes<T>::n;
+    const D top = splat(static_cast<double>(max_)), far = splat(kFar);
+    D even = {}, odd = {};
+    for (; j + L <= n; j += L) {
+      const F x = load(z + j), y = load(e + j);
+      const D a = top - low(x), b = top - high(x);
+      even = fma(low(y), select(a < far, a, far), even);
+      odd = fma(high(y), select(b < far, b, far), odd);
+    }
+    const D both = even + odd;
+    for (int k = 0; k < Lanes<double>::n; k++) sum += both[k];
+  }
+  for (; j < n; j++) {
+    const double below = static_cast<double>(max_) - z[j];
+    sum += e[j] * (below < kFar ? below : kFar);
+  }
+  return sum;
+}
+
+template <class T>
+int64_t count_above(const T* z, int64_t n, T limit) {
+  constexpr int L = Lanes<T>::n;
+  typename Lanes<T>::Ints count = {};
+  int64_t j = 0, total = 0;
+  for (; j + L <= n; j += L) count -= load(z + j) > splat(limit);  // true is -1
+  for (int k = 0; k < L; k++) total += count[k];
+  for (; j < n; j++) total += z[j] > limit;
+  return total;
 }
 
 // After block.max is known.

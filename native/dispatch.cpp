@@ -81,7 +81,7 @@ const Isa& current() {
 // One thread's scratch. Small slots stay for the next call; a large one goes with its thread's
 // task, so that one huge row does not keep its memory for ever.
 struct Scratch {
-  static constexpr int kSlots = 7;
+  static constexpr int kSlots = 8;
   static constexpr int64_t kKeep = int64_t{16} << 20;
   struct Slot {
     void* data = nullptr;
@@ -117,6 +117,10 @@ void* scratch(int slot, int64_t bytes) { return thread_scratch.get(slot, bytes);
 void report_out_of_memory(const RowJob& job) {
   __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
 }
+bool given_up() { return stop_wanted(); }
+void report_bad_target(const RowJob& job) {
+  __atomic_store_n(job.bad_target, true, __ATOMIC_RELAXED);
+}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
@@ -135,25 +139,6 @@ bool set_isa(const std::string& name) {
   return false;
 }
 
-Outcome run(RowJob job, bool (*poll)(void*), void* poll_context) {
-  bool no_memory = false;
-  job.no_memory = &no_memory;
-  const Kernels& kernels = *current().kernels;
-  const auto serve = lane_rows(job)    ? kernels.lanes
-                     : short_rows(job) ? kernels.short_rows
-                     : fast_rows(job)  ? kernels.rows
-                                       : kernels.general;
-  const int64_t rows = std::max<int64_t>(1, kTaskLogits / job.logits.classes);
-  const int64_t tasks = (job.n_rows + rows - 1) / rows;
-  const auto task = [&](int64_t k) {
-    serve(job, k * rows, std::min(job.n_rows, (k + 1) * rows));
-    thread_scratch.trim(Scratch::kKeep);
-  };
-  const bool done = parallel_for(tasks, task, poll, poll_context);
-  if (no_memory) return Outcome::kOutOfMemory;
-  return done ? Outcome::kDone : Outcome::kCancelled;
-}
-
 namespace {
 
 // A compensated sum (Knuth's TwoSum) in eight lanes, so that one addition need not wait for the
@@ -164,6 +149,12 @@ class Total {
     const double s = hi_[lane] + x, v = s - hi_[lane];
     lo_[lane] += (hi_[lane] - (s - v)) + (x - v);
     hi_[lane] = s;
+  }
+  void add(const double* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int k = 0; k < kLanes; k++) add(k, x[i + k]);
+    for (int k = 0; i < n; i++, k++) add(k, x[i]);
   }
   double value() const {
     double hi = 0, lo = 0;
@@ -180,30 +171,138 @@ class Total {
   double hi_[kLanes] = {}, lo_[kLanes] = {};
 };
 
+// One call's rows on the pool, in tasks whose size depends on the number of classes alone.
+class Run {
+ public:
+  Run(const RowJob& job, double* total, bool (*poll)(void*), void* poll_context)
+      : job_(job),
+        total_(total),
+        poll_(poll),
+        poll_context_(poll_context),
+        kernels_(*current().kernels) {
+    job_.no_memory = &no_memory_;
+    job_.bad_target = &bad_target_;
+    rows_ = std::max<int64_t>(1, kTaskLogits / job.logits.classes);
+    if (rows_ > 16) rows_ = rows_ / 16 * 16;  // whole tiles of any instruction set
+    if (total_) sums_.resize(static_cast<size_t>((job.n_rows + rows_ - 1) / rows_));
+  }
+
+  Outcome operator()() {
+    const bool done = in_parts(job_, num_threads()) ? parts() : tasks();
+    if (no_memory_) return Outcome::kOutOfMemory;
+    if (!done) return Outcome::kCancelled;
+    if (bad_target_) return Outcome::kBadTarget;
+    if (total_) {
+      Total total;
+      total.add(sums_.data(), static_cast<int64_t>(sums_.size()));
+      *total_ = total.value();
+    }
+    return Outcome::kDone;
+  }
+
+ private:
+  bool tasks() {
+    const auto serve = lane_rows(job_)    ? kernels_.lanes
+                       : short_rows(job_) ? kernels_.short_rows
+                       : fast_rows(job_)  ? kernels_.rows
+                                          : kernels_.general;
+    const int64_t n = (job_.n_rows + rows_ - 1) / rows_;
+    return parallel_for(
+        n,
+        [&](int64_t k) {
+          task(k, serve);
+          thread_scratch.trim(Scratch::kKeep);
+        },
+        poll_, poll_context_);
+  }
+
+  void task(int64_t k, void (*serve)(const RowJob&, int64_t, int64_t)) {
+    const int64_t begin = k * rows_, end = std::min(job_.n_rows, begin + rows_);
+    if (!total_) return serve(job_, begin, end);
+    RowJob mine = job_;
+    if (!mine.loss) {
+      const int64_t bytes = (end - begin) * int64_t{sizeof(double)};
+      mine.loss = static_cast<double*>(scratch(kLossSlot, bytes));
+      mine.first_loss = begin;
+      if (!mine.loss) return report_out_of_memory(job_);
+    }
+    serve(mine, begin, end);
+    add_up(k, mine, begin, end);
+  }
+
+  void add_up(int64_t k, const RowJob& job, int64_t begin, int64_t end) {
+    Total total;
+    total.add(job.loss_of(begin), end - begin);
+    sums_[static_cast<size_t>(k)] = total.value();
+  }
+
+  // One row after the other, each on all threads. (Rows so long are a task each.)
+  bool parts() {
+    const int64_t compute = job_.logits.dtype == Dtype::kFloat64 ? 8 : 4;
+    const int64_t n = (job_.logits.classes * compute + kPartBytes - 1) / kPartBytes;
+    const int64_t bytes = kernels_.part_bytes(job_);
+    void* at = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+    if (!at) report_out_of_memory(job_);
+    bool going = at != nullptr;
+    for (int64_t i = 0; going && i < job_.n_rows; i++) {
+      RowJob mine = job_;
+      double loss;
+      if (total_ && !mine.loss) mine.loss = &loss, mine.first_loss = i;
+      going = row_in_parts(mine, i, n, at) && !no_memory_;
+      if (going && total_) add_up(i, mine, i, i + 1);
+      thread_scratch.trim(Scratch::kKeep);
+      // parallel_for asks after 50 ms, and may have been done by then each time.
+      if (going && poll_) going = poll_(poll_context_);
+    }
+    std::free(at);
+    return going;
+  }
+
+  bool row_in_parts(const RowJob& job, int64_t i, int64_t n, void* at) {
+    if (job.dropped(i)) {
+      kernels_.rows(job, i, i + 1);
+      return true;
+    }
+    if (kernels_.part_start(job, i, at)) {
+      const auto read = [&](int64_t k) { kernels_.part_read(job, i, k, at); };
+      if (!parallel_for(n, read, poll_, poll_context_)) return false;
+      if (kernels_.part_numbers(job, i, at)) {
+        if (!job.out.data) return true;
+        const auto write = [&](int64_t k) { kernels_.part_write(job, i, k, at); };
+        return parallel_for(n, write, poll_, poll_context_);
+      }
+    }
+    if (!no_memory_) kernels_.general(job, i, i + 1);
+    return true;
+  }
+
+  static constexpr int kLossSlot = 7;
+
+  RowJob job_;
+  double* const total_;
+  bool (*const poll_)(void*);
+  void* const poll_context_;
+  const Kernels& kernels_;
+  int64_t rows_ = 1;  // a task's
+  std::vector<double> sums_;
+  bool no_memory_ = false, bad_target_ = false;
+};
+
 }  // namespace
 
-double sum(const double* x, int64_t n) {
-  Total total;
-  int64_t i = 0;
-  for (; i + Total::kLanes <= n; i += Total::kLanes)
-    for (int k = 0; k < Total::kLanes; k++) total.add(k, x[i + k]);
-  for (int k = 0; i < n; i++, k++) total.add(k, x[i]);
-  return total.value();
+Outcome run(RowJob job, double* total, bool (*poll)(void*), void* poll_context) {
+  return Run(job, total, poll, poll_context)();
 }
 
 TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
                         const double* row_weight, const double* class_weight) {
   TargetScan scan;
   int64_t bad = 0, skipped = 0;
-  const auto limit = static_cast<uint64_t>(n_classes);
-  for (int64_t i = 0; i < n; i++) {
-    skipped += target[i] == skip;
-    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
-  }
+  current().kernels->count_targets(target, n, n_classes, skip, &bad, &skipped);
   if (bad != 0) {
-    for (scan.first_bad = 0;; scan.first_bad++) {
+    for (scan.first_bad = 0; scan.first_bad < n; scan.first_bad++) {
       const int64_t t = target[scan.first_bad];
-      if (static_cast<uint64_t>(t) >= limit && t != skip) return scan;
+      if ((t < 0 || t >= n_classes) && t != skip) return scan;
     }
   }
   scan.kept = n - skipped;

@@ -17,14 +17,12 @@ std::string current_isa();
 // False, and nothing changes, if `name` is not available.
 bool set_isa(const std::string& name);
 
-enum class Outcome { kDone, kCancelled, kOutOfMemory };
+enum class Outcome { kDone, kCancelled, kOutOfMemory, kBadTarget };
 
-// Runs the job on the pool. The bits of the result depend neither on the number of threads nor on
-// how the rows are cut. For `poll` see parallel.h.
-Outcome run(RowJob job, bool (*poll)(void*), void* poll_context);
-
-// The sum of n numbers, compensated, in an order of its own that depends on n alone.
-double sum(const double* x, int64_t n);
+// Runs the job on the pool; `total`, if given, takes the sum of the losses, which then need no
+// memory of their own (job.loss may be null). The bits of the results depend neither on the number
+// of threads nor on how the rows are cut. For `poll` see parallel.h.
+Outcome run(RowJob job, double* total, bool (*poll)(void*), void* poll_context);
 
 // What the index targets of n rows come to. A row is kept where its target is not `skip` and its
 // weight (null: all 1) is not 0.

@@ -2,8 +2,11 @@
 // few rows at a time (neighbouring rows share cache lines).
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace crossent {
 namespace CROSSENT_ISA {
@@ -35,8 +38,7 @@ class Feed {
     begin_ = i;
     next_ = i + group_ < end ? i + group_ : end;
     for (int k = 0; k < kGroup; k++) left_[k] = false;
-    if (copies_in_)
-      each(in_, [&](char* at, Type& mine) { mine = *reinterpret_cast<const Type*>(at); }, in_copy_);
+    if (copies_in_) each<true>(in_, in_copy_);
   }
   int64_t next() const { return next_; }
 
@@ -58,22 +60,51 @@ class Feed {
   void leave(int64_t row) { left_[row - begin_] = true; }
 
   void write() {
-    if (copies_out_)
-      each(out_, [](char* at, Type& mine) { *reinterpret_cast<Type*>(at) = mine; }, out_copy_);
+    if (copies_out_) each<false>(out_, out_copy_);
   }
 
  private:
   static constexpr int kGroup = 16;
   static constexpr int64_t kCopyBytes = 1 << 19;
 
-  template <class Move>
-  void each(const View& view, const Move& move, Type* copy) const {
+  template <bool kIn>
+  void each(const View& view, Type* copy) const {
     char* rows[kGroup];
     const int n = static_cast<int>(next_ - begin_);
     for (int k = 0; k < n; k++) rows[k] = view.row(begin_ + k);
-    for (int64_t j = 0; j < in_.classes; j++)
-      for (int k = 0; k < n; k++)
-        if (!left_[k]) move(rows[k] + j * view.class_stride, copy[k * in_.classes + j]);
+    const int64_t done = squares<kIn>(view, rows, n, copy);
+    for (int64_t j = done; j < in_.classes; j++)
+      for (int k = 0; k < n; k++) {
+        if (left_[k]) continue;
+        auto& there = *reinterpret_cast<Type*>(rows[k] + j * view.class_stride);
+        auto& mine = copy[k * in_.classes + j];
+        kIn ? mine = there : there = mine;
+      }
+  }
+
+  // Floats of rows that lie side by side, a square at a time. Returns how many classes are done.
+  template <bool kIn>
+  int64_t squares(const View& view, char* const* rows, int n, Type* copy) const {
+    int64_t j = 0;
+    if constexpr (std::is_same_v<Type, float>) {
+      constexpr int L = Lanes<float>::n;
+      bool beside = n == kGroup;
+      for (int k = 1; k < n; k++) beside &= rows[k] - rows[k - 1] == int64_t{sizeof(float)};
+      for (int k = 0; k < n; k++) beside &= !left_[k];
+      for (; beside && j + L <= in_.classes; j += L)
+        for (int k = 0; k < n; k += L) {
+          F x[L];
+          for (int q = 0; q < L; q++)
+            x[q] = kIn ? load(reinterpret_cast<float*>(rows[k] + (j + q) * view.class_stride))
+                       : load(copy + (k + q) * in_.classes + j);
+          transpose(x);
+          for (int q = 0; q < L; q++)
+            store(kIn ? copy + (k + q) * in_.classes + j
+                      : reinterpret_cast<float*>(rows[k] + (j + q) * view.class_stride),
+                  x[q]);
+        }
+    }
+    return j;
   }
 
   const View &in_, &out_;

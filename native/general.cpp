@@ -133,17 +133,20 @@ class General {
   }
 
   void run(int64_t i) {
-    if (job_.dropped(i)) return drop(i);
+    if (job_.dropped(i)) return leave_out(i);
     const int64_t t = job_.kind == Target::kIndex ? job_.target[i] : -1;
     read_row(job_.logits, i, rows_.z);
     fill(rows_.z, -kInfinity);
     if (job_.task == Task::kStats) count(i, t);
     cap();
+    if (stops()) return;
     exponentials();
     if (job_.task == Task::kStats) return stats(i, t);
+    if (stops()) return;
     target_row(i, t);
     sums();
-    if (job_.loss) job_.loss[i] = job_.row_scale(i) * loss();
+    if (stops()) return;
+    if (job_.loss) *job_.loss_of(i) = job_.row_scale(i) * loss();
     if (!job_.out.data) return;
     const double u = job_.row_scale(i) * job_.row_upstream(i);
     if (job_.task == Task::kHvp) {
@@ -157,20 +160,15 @@ class General {
   }
 
  private:
+  // A row so long that nobody would wait for its end.
+  bool stops() const { return V_ > kLong && given_up(); }
   void fill(double* row, double value) const {
     for (int64_t j = V_; j < padded_; j++) row[j] = value;
   }
   D slope(int64_t j) const { return rows_.slope ? load(rows_.slope + j) : splat(1.0); }
 
-  void drop(int64_t i) const {
-    if (job_.loss) job_.loss[i] = 0;
-    if (job_.task == Task::kStats) {
-      job_.logsumexp[i] = kNaN;
-      job_.entropy[i] = kNaN;
-      job_.argmax[i] = -1;
-      if (job_.target_logprob) job_.target_logprob[i] = kNaN;
-      if (job_.target_rank) job_.target_rank[i] = -1;
-    }
+  void leave_out(int64_t i) const {
+    drop(job_, i);
     if (!job_.out.data) return;
     for (int64_t j = 0; j < V_; j++) rows_.z[j] = 0;
     write_row(job_.out, i, rows_.z);
@@ -359,6 +357,7 @@ class General {
     }
   }
 
+  static constexpr int64_t kLong = 1 << 22;
   static constexpr double kFlat = 1000;
   // e is held times 2^kBias, out of reach of subnormals.
   static constexpr int kBias = 64;
@@ -382,10 +381,19 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end) {
 
 void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
 void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
-void serve_rows(const RowJob& job, int64_t begin, int64_t end);   // rows.cpp
+void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                   int64_t* outside, int64_t* skipped);  // lanes.cpp
+// rows.cpp
+void serve_rows(const RowJob& job, int64_t begin, int64_t end);
+int64_t part_bytes(const RowJob& job);
+bool part_start(const RowJob& job, int64_t i, void* at);
+void part_read(const RowJob& job, int64_t i, int64_t part, void* at);
+bool part_numbers(const RowJob& job, int64_t i, void* at);
+void part_write(const RowJob& job, int64_t i, int64_t part, void* at);
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_lanes, serve_short, serve_rows, serve_general};
+const Kernels kernels = {serve_lanes, serve_short, serve_rows, serve_general, count_targets,
+                         part_bytes,  part_start,  part_read,  part_numbers,  part_write};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

@@ -40,6 +40,8 @@ class Tiles {
         contiguous_(job.logits.contiguous_rows() && (!job.out.data || job.out.contiguous_rows())),
         dense_in_(dense(job.logits)),
         dense_out_(dense(job.out)),
+        streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kBytes == 0 &&
+                 job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes),
         numbers_(job) {
     whole_ = L;
     for (int64_t beyond = L - V_ % L; beyond > 0 && whole_ > 0; beyond -= V_) whole_--;
@@ -84,6 +86,10 @@ class Tiles {
     if (!contiguous_) {
       const int64_t left = job_.logits.inner - i % job_.logits.inner;
       most = left < most ? left : most;
+      // Vectors written past the caches must be aligned: the first tile ends where one is.
+      const auto past = reinterpret_cast<uintptr_t>(streams_ ? job_.out.row(i) : nullptr) % kBytes;
+      const int64_t whole = static_cast<int64_t>((kBytes - past) / sizeof(Type));
+      most = past && whole < most ? whole : most;
     }
     return most < L ? static_cast<int>(most) : L;
   }
@@ -93,8 +99,10 @@ class Tiles {
     for (int t = 0; t < n; t++) {
       numbers_.look_up(tiles_[t].begin, tiles_[t].rows, &tiles_[t].looked);
       tiles_[t].done = tiles_[t].looked.fits;
-      if (tiles_[t].done) read(tiles_[t]);
     }
+    read(n);
+    for (int t = 0; t < n; t++)
+      if (tiles_[t].done) leave_out(tiles_[t]);
     for (int t = 0; t < n; t++)
       if (tiles_[t].done) exponentials(tiles_[t]);
     for (int t = 0; t < n; t++) {
@@ -105,8 +113,7 @@ class Tiles {
     if (job_.out.data) {
       for (int t = 0; t < n; t++)
         if (tiles_[t].done) finish(tiles_[t]);
-      for (int t = 0; t < n; t++)
-        if (tiles_[t].done) write(tiles_[t]);
+      write(n);
     }
     // Not for lanes as they are: row by row, so that no row's bits depend on its neighbours.
     for (int t = 0; t < n; t++) {
@@ -125,15 +132,16 @@ class Tiles {
     run(1);
   }
 
-  void read(Tile& tile) const {
-    if (job_.logits.contiguous_rows()) {
-      dense_in_ ? read_rows<true>(tile) : read_rows<false>(tile);
-    } else if (contiguous_lanes(job_.logits)) {
-      read_columns(tile);
-    } else {
-      read_each(tile);
+  void read(int n) const {
+    const View& logits = job_.logits;
+    if (!logits.contiguous_rows() && contiguous_lanes(logits)) return read_columns(n);
+    for (int t = 0; t < n; t++) {
+      if (!logits.contiguous_rows()) {
+        read_each(tiles_[t]);
+      } else {
+        dense_in_ ? read_rows<true>(tiles_[t]) : read_rows<false>(tiles_[t]);
+      }
     }
-    leave_out(tile);
   }
 
   void finish(Tile& tile) const {
@@ -145,13 +153,16 @@ class Tiles {
     swap(tile, value);
   }
 
-  void write(const Tile& tile) const {
-    if (job_.out.contiguous_rows()) {
-      dense_out_ ? write_rows<true>(tile) : write_rows<false>(tile);
-    } else if (contiguous_lanes(job_.out)) {
-      write_columns(tile);
-    } else {
-      write_each(tile);
+  void write(int n) const {
+    const View& out = job_.out;
+    if (!out.contiguous_rows() && contiguous_lanes(out)) return write_columns(n);
+    for (int t = 0; t < n; t++) {
+      if (!tiles_[t].done) continue;
+      if (!out.contiguous_rows()) {
+        write_each(tiles_[t]);
+      } else {
+        dense_out_ ? write_rows<true>(tiles_[t]) : write_rows<false>(tiles_[t]);
+      }
     }
   }
 
@@ -241,14 +252,17 @@ class Tiles {
     }
   }
 
-  void read_columns(const Tile& tile) const {
-    const int64_t i = tile.begin;
-    const int n = tile.rows;
-    const char* at = job_.logits.row(i);
-    for (int64_t j = 0; j < V_; j++, at += job_.logits.class_stride) {
-      const auto* row = reinterpret_cast<const Type*>(at);
-      store(tile.e + j * L, n == L ? S::load(row) : load_part<S>(row, n, 0.0f));
-    }
+  // Class by class over all tiles: planes often lie a multiple of 4 KiB apart, and a cache then
+  // holds a few lines of them at a time, so each is used up at once.
+  void read_columns(int n) const {
+    const char* at[kTiles];
+    for (int t = 0; t < n; t++) at[t] = job_.logits.row(tiles_[t].begin);
+    for (int64_t j = 0; j < V_; j++)
+      for (int t = 0; t < n; t++) {
+        const auto* row = reinterpret_cast<const Type*>(at[t] + j * job_.logits.class_stride);
+        const int rows = tiles_[t].rows;
+        store(tiles_[t].e + j * L, rows == L ? S::load(row) : load_part<S>(row, rows, 0.0f));
+      }
   }
 
   // The last classes first: what their vectors write into the next rows is then overwritten.
@@ -276,15 +290,22 @@ class Tiles {
     }
   }
 
-  void write_columns(const Tile& tile) const {
-    const int64_t i = tile.begin;
-    const int n = tile.rows;
-    char* at = job_.out.row(i);
-    for (int64_t j = 0; j < V_; j++, at += job_.out.class_stride) {
-      auto* row = reinterpret_cast<Type*>(at);
-      const F x = load(tile.e + j * L);
-      n == L ? S::store(row, x) : store_part<S>(row, n, x);
-    }
+  void write_columns(int n) const {
+    char* at[kTiles];
+    for (int t = 0; t < n; t++) at[t] = job_.out.row(tiles_[t].begin);
+    for (int64_t j = 0; j < V_; j++)
+      for (int t = 0; t < n; t++) {
+        if (!tiles_[t].done) continue;
+        auto* row = reinterpret_cast<Type*>(at[t] + j * job_.out.class_stride);
+        const int rows = tiles_[t].rows;
+        const F x = load(tiles_[t].e + j * L);
+        const bool aligned = reinterpret_cast<uintptr_t>(row) % kBytes == 0;
+        if (rows < L) {
+          store_part<S>(row, rows, x);
+        } else {
+          streams_&& aligned ? S::stream(row, x) : S::store(row, x);
+        }
+      }
   }
 
   // The maximum, and the entry left out of the mass gives way to -inf: the target, for log-softmax
@@ -412,7 +433,7 @@ class Tiles {
 
   const RowJob& job_;
   const int64_t V_;
-  const bool contiguous_, dense_in_, dense_out_;
+  const bool contiguous_, dense_in_, dense_out_, streams_;
   const Numbers numbers_;
   int whole_, most_ = 1;  // whole_: of the rows of a full tile
   float* e_ = nullptr;
@@ -424,6 +445,7 @@ void serve(const RowJob& job, int64_t begin, int64_t end) {
   Tiles<S> tiles(job);
   if (!tiles.prepare()) return report_out_of_memory(job);
   tiles.serve(begin, end);
+  stream_fence();
 }
 
 }  // namespace
@@ -439,6 +461,18 @@ void serve_lanes(const RowJob& job, int64_t begin, int64_t end) {
     case Dtype::kFloat64:
       return serve_rows(job, begin, end);
   }
+}
+
+void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                   int64_t* outside, int64_t* skipped) {
+  const auto limit = static_cast<uint64_t>(n_classes);
+  int64_t bad = 0, none = 0;
+  for (int64_t i = 0; i < n; i++) {
+    none += target[i] == skip;
+    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
+  }
+  *outside = bad;
+  *skipped = none;
 }
 
 }  // namespace CROSSENT_ISA

@@ -7,7 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <chrono>
+#include <type_traits>
 #include <utility>
 
 #include "copy.h"
@@ -42,17 +42,18 @@ Dtype dtype_of(const nb::dlpack::dtype& d) {
 
 template <class A>
 View view_of(const A& array) {
-  require(array.ndim() == 3, "expected an array (outer, classes, inner)");
+  require(array.ndim() == 2 || array.ndim() == 3,
+          "expected an array (outer, classes, inner) or (rows, classes)");
   View view;
   view.dtype = dtype_of(array.dtype());
   const int64_t size = size_of(view.dtype);
   view.data = const_cast<char*>(static_cast<const char*>(array.data()));
   view.outer = static_cast<int64_t>(array.shape(0));
   view.classes = static_cast<int64_t>(array.shape(1));
-  view.inner = static_cast<int64_t>(array.shape(2));
+  view.inner = array.ndim() == 3 ? static_cast<int64_t>(array.shape(2)) : 1;
   view.outer_stride = array.stride(0) * size;
   view.class_stride = array.stride(1) * size;
-  view.inner_stride = array.stride(2) * size;
+  view.inner_stride = array.ndim() == 3 ? array.stride(2) * size : 0;
   if (view.inner == 1) {  // one axis of rows is the inner one, also where it came first
     std::swap(view.outer, view.inner);
     std::swap(view.outer_stride, view.inner_stride);
@@ -76,34 +77,28 @@ const T* rows_of(const std::optional<Numbers<T>>& array, int64_t n, const char* 
   return array->data();
 }
 
+nb::handle numpy_empty;  // never released: it is used until the interpreter ends
+
+// NumPy's own array, found in half the time (0.4 µs) that it takes to hand one of ours to NumPy.
 template <class T>
 nb::object new_array(int64_t n, T** data) {
-  *data = new T[static_cast<size_t>(n)];
-  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(*data, {static_cast<size_t>(n)}, owner));
+  nb::object array = std::is_same_v<T, double> ? numpy_empty(n) : numpy_empty(n, "int64");
+  *data = nb::cast<nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(array).data();
+  return array;
 }
 
-struct Interrupts {
-  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
-};
-
-// Lets Python's signal handlers run now and then; false when one has raised (Ctrl-C).
-bool poll_signals(void* context) {
-  auto& last = static_cast<Interrupts*>(context)->last;
-  const auto now = std::chrono::steady_clock::now();
-  if (now - last < std::chrono::milliseconds(50)) return true;
-  last = now;
+// Lets Python's signal handlers run; false when one has raised (Ctrl-C).
+bool poll_signals(void*) {
   nb::gil_scoped_acquire gil;
   return PyErr_CheckSignals() == 0;
 }
 
-void run_released(const RowJob& job) {
+void run_released(const RowJob& job, double* total = nullptr) {
   if (job.n_rows == 0) return;
   Outcome outcome;
   {
     nb::gil_scoped_release release;
-    Interrupts interrupts;
-    outcome = run(job, poll_signals, &interrupts);
+    outcome = run(job, total, poll_signals, nullptr);
   }
   if (outcome == Outcome::kCancelled) {
     // A signal handler that forked leaves the child without the other threads' share (parallel.h).
@@ -111,6 +106,7 @@ void run_released(const RowJob& job) {
     throw nb::python_error();
   }
   if (outcome == Outcome::kOutOfMemory) throw std::bad_alloc();
+  require(outcome != Outcome::kBadTarget, "target out of range");
 }
 
 RowJob job_for(const ReadOnly& logits) {
@@ -119,11 +115,6 @@ RowJob job_for(const ReadOnly& logits) {
   job.n_rows = job.logits.outer * job.logits.inner;
   require(job.logits.classes >= 1, "expected at least one class");
   return job;
-}
-
-void require_in_range(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip) {
-  const TargetScan scan = scan_targets(target, n, n_classes, skip, nullptr, nullptr);
-  require(scan.first_bad < 0, "target out of range");
 }
 
 // The plan of rows.py, as backends.py lists it; it keeps the arrays alive during the call.
@@ -184,20 +175,25 @@ struct Plan {
       job.kind = Target::kIndex;
       job.target = rows_of(target, n, "expected one target for each row");
       require(job.target != nullptr, "expected a target");
-      require_in_range(job.target, n, V, job.skip);
     }
   }
 };
 
-nb::tuple cross_entropy(const ReadOnly& logits, const nb::tuple& list,
-                        const std::optional<Array>& out) {
+// The rows' losses where `each` is asked for, else their sum.
+nb::object cross_entropy(const ReadOnly& logits, const nb::tuple& list,
+                         const std::optional<Array>& out, bool each) {
   RowJob job = job_for(logits);
   const Plan plan(job, list);
   if (out) job.out = view_like(*out, job.logits, "expected out of the logits' shape");
   if (out) require(job.out.dtype == job.logits.dtype, "expected out of the logits' dtype");
-  nb::object losses = new_array<double>(job.n_rows, &job.loss);
-  run_released(job);
-  return nb::make_tuple(losses, sum(job.loss, job.n_rows));
+  if (each) {
+    nb::object losses = new_array<double>(job.n_rows, &job.loss);
+    run_released(job);
+    return losses;
+  }
+  double total = 0;
+  run_released(job, &total);
+  return nb::float_(total);
 }
 
 void hvp(const ReadOnly& logits, const nb::tuple& list, const ReadOnly& vector, const Array& out) {
@@ -223,11 +219,10 @@ nb::tuple stats(const ReadOnly& logits, const std::optional<Numbers<int64_t>>& t
                 double softcap) {
   RowJob job = job_for(logits);
   job.task = Task::kStats;
-  const int64_t n = job.n_rows, V = job.logits.classes;
+  const int64_t n = job.n_rows;
   if (target) {
     job.kind = Target::kIndex;
     job.target = rows_of(target, n, "expected one target for each row");
-    require_in_range(job.target, n, V, skip);
   }
   job.row_weight = rows_of(row_weight, n, "expected one weight for each row");
   job.skip = skip;
@@ -268,8 +263,9 @@ void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
 
 NB_MODULE(_native, m) {
   using namespace crossent;
+  numpy_empty = nb::object(nb::module_::import_("numpy").attr("empty")).release();
   m.def("cross_entropy", cross_entropy, "logits"_a.noconvert(), "plan"_a,
-        "out"_a.noconvert().none());
+        "out"_a.noconvert().none(), "each"_a);
   m.def("hvp", hvp, "logits"_a.noconvert(), "plan"_a, "vector"_a.noconvert(), "out"_a.noconvert());
   m.def("softmax", softmax, "logits"_a.noconvert(), "out"_a.noconvert(), "log"_a, "logit_scale"_a);
   m.def("stats", stats, "logits"_a.noconvert(), "target"_a.noconvert().none(),

@@ -98,7 +98,11 @@ class Numbers {
       typedef int64_t Targets __attribute__((vector_size(2 * kBytes), aligned(8), may_alias));
       typedef int32_t Ints __attribute__((vector_size(kBytes)));
       const Targets t = *reinterpret_cast<const Targets*>(job_.target + i);
-      const Index kept = (Index) __builtin_convertvector(t != job_.skip, Ints);
+      typedef uint64_t Unsigned __attribute__((vector_size(2 * kBytes)));
+      const auto outside = (Unsigned)t >= static_cast<uint64_t>(job_.logits.classes);
+      const auto keep = ~outside & (t != job_.skip);
+      if (any_set(outside & (t != job_.skip))) report_bad_target(job_);
+      const Index kept = (Index) __builtin_convertvector(keep, Ints);
       rows->target = (Index) __builtin_convertvector(t, Ints) & kept;
       rows->kept = kept;
       rows->all_kept = all_set(kept);
@@ -149,11 +153,11 @@ class Numbers {
       }
       loss = rows.scale * loss;
       if (n == L && rows.all_kept) {
-        store_wide(job_.loss + i, loss);
+        store_wide(job_.loss_of(i), loss);
       } else {
         alignas(kBytes) double out[L];
         store_wide(out, loss);
-        for (int k = 0; k < n; k++) job_.loss[i + k] = rows.kept[k] ? out[k] : 0;
+        for (int k = 0; k < n; k++) *job_.loss_of(i + k) = rows.kept[k] ? out[k] : 0;
       }
     }
     if (!job_.out.data) return true;

@@ -143,6 +143,14 @@ class Poller {
   bool cancelled_ = false;
 };
 
+thread_local Poller* own_poller = nullptr;  // of the calling thread's innermost parallel_for
+
+struct PollerScope {
+  explicit PollerScope(Poller* poller) : before(own_poller) { own_poller = poller; }
+  ~PollerScope() { own_poller = before; }
+  Poller* before;
+};
+
 struct Job {
   int64_t n;
   void (*body)(void*, int64_t);
@@ -151,10 +159,10 @@ struct Job {
 
 bool run_serially(const Job& job, Poller& poller) {
   for (int64_t i = 0; i < job.n; ++i) {
-    if (poller.cancelled()) return false;
     job.body(job.context, i);
+    if (poller.cancelled()) return false;
   }
-  return !poller.cancelled();
+  return true;
 }
 
 template <class Done>
@@ -179,6 +187,7 @@ class Pool {
   void serve();                              // a worker's life
   int threads();
   void set_threads(int n, bool unless_decided);
+  bool cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
 
  private:
   void open();
@@ -188,12 +197,16 @@ class Pool {
   bool wait_for_seat();
 
   int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
-  void cancel() { next_.store(job_.n, std::memory_order_relaxed); }
+  void cancel() {
+    cancelled_.store(true, std::memory_order_relaxed);
+    next_.store(job_.n, std::memory_order_relaxed);
+  }
 
   static constexpr uint64_t kSeat = uint64_t{1} << 32;
 
   std::atomic<bool> busy_{false};
   std::atomic<bool> spin_{false};
+  std::atomic<bool> cancelled_{false};          // the job there is or was
   alignas(64) std::atomic<uint64_t> state_{0};  // seats offered * kSeat + workers seated
   Job job_{};
   alignas(64) std::atomic<int64_t> next_{0};
@@ -223,6 +236,7 @@ void Pool::set_threads(int n, bool unless_decided) {
 bool Pool::run(const Job& job, Poller& poller) {
   const auto forked = [generation = forks.load()] { return forks != generation; };
   job_ = job;
+  cancelled_.store(false, std::memory_order_relaxed);
   next_.store(0, std::memory_order_relaxed);
   open();
   for (int64_t i; (i = take()) < job.n;) {
@@ -336,10 +350,13 @@ int num_threads() { return pool->threads(); }
 
 void set_num_threads(int n) { pool->set_threads(std::max(n, 1), false); }
 
+bool stop_wanted() { return own_poller ? own_poller->cancelled() : inside && pool->cancelled(); }
+
 bool parallel_for(int64_t n, void (*body)(void*, int64_t), void* context, bool (*poll)(void*),
                   void* poll_context) {
   const Job job{n, body, context};
   Poller poller(poll, poll_context);
+  const PollerScope polled(&poller);
   if (inside) return run_serially(job, poller);
   const Inside scope;
   const bool shared = n > 1 && num_threads() > 1 && pool->acquire();

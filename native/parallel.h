@@ -36,7 +36,11 @@ void set_num_threads(int n);
 bool parallel_for(int64_t n, void (*body)(void* context, int64_t i), void* context,
                   bool (*poll)(void* poll_context) = nullptr, void* poll_context = nullptr);
 
-// The same for a callable f(i).
+// For a body that takes long: has the caller's wish to stop been heard? On the calling thread this
+// asks poll, if it is due. Outside of a parallel_for with a poll: false.
+bool stop_wanted();
+
+// parallel_for for a callable f(i).
 template <class F, class = std::enable_if_t<std::is_invocable_v<F&, int64_t>>>
 bool parallel_for(int64_t n, F&& f, bool (*poll)(void* poll_context) = nullptr,
                   void* poll_context = nullptr) {

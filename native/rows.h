@@ -57,18 +57,20 @@ struct RowJob {
   const double* upstream = nullptr;  // (N,) or null: all upstream_all
   double upstream_all = 1;
 
-  double* loss = nullptr;  // (N,) or null
+  double* loss = nullptr;  // of row first_loss on, or null
+  int64_t first_loss = 0;
   double* logsumexp = nullptr;
   double* target_logprob = nullptr;
   double* entropy = nullptr;
   int64_t* argmax = nullptr;
   int64_t* target_rank = nullptr;
 
-  bool* no_memory = nullptr;  // set by report_out_of_memory
+  bool* no_memory = nullptr;   // set by report_out_of_memory
+  bool* bad_target = nullptr;  // set by report_bad_target
 
-  bool dropped(int64_t i) const {
-    return (kind == Target::kIndex && target[i] == skip) || (row_weight && row_weight[i] == 0);
-  }
+  double* loss_of(int64_t i) const { return loss + (i - first_loss); }
+  // A target outside the classes that is not `skip` is reported, and its row dropped.
+  bool dropped(int64_t i) const;
   double row_scale(int64_t i) const { return (row_weight ? row_weight[i] : 1.0) / divisor; }
   double row_upstream(int64_t i) const { return upstream ? upstream[i] : upstream_all; }
 };
@@ -84,13 +86,54 @@ struct Kernels {
   void (*rows)(const RowJob&, int64_t begin, int64_t end);
   // Everything, in lanes of float64.
   void (*general)(const RowJob&, int64_t begin, int64_t end);
+
+  // How many of n index targets are outside the classes (but not `skip`), and how many are `skip`.
+  void (*count_targets)(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
+                        int64_t* outside, int64_t* skipped);
+
+  // What `rows` does, for one row in parts of kPartBytes in the compute type. `at` is memory of
+  // part_bytes(job) bytes, the row's own. First start, then every part is read, by any thread, then
+  // the numbers, then every part is written if there is an output. Where start or numbers say
+  // false, nothing has been written and general serves the row.
+  int64_t (*part_bytes)(const RowJob&);
+  bool (*part_start)(const RowJob&, int64_t i, void* at);
+  void (*part_read)(const RowJob&, int64_t i, int64_t part, void* at);
+  bool (*part_numbers)(const RowJob&, int64_t i, void* at);
+  void (*part_write)(const RowJob&, int64_t i, int64_t part, void* at);
 };
+constexpr int64_t kPartBytes = int64_t{1} << 17;
 
 // Thread-local memory, aligned to 64 bytes, contents unspecified; null when there is none left.
 // The same slot's earlier memory is gone after a larger request.
 void* scratch(int slot, int64_t bytes);
 // A kernel that got no memory says so; the host raises when all threads are done.
 void report_out_of_memory(const RowJob& job);
+// Has the caller lost interest? A kernel that is at one row for long may then leave it unfinished.
+bool given_up();
+// Of an index target outside the classes.
+void report_bad_target(const RowJob& job);
+
+inline bool RowJob::dropped(int64_t i) const {
+  if (kind == Target::kIndex) {
+    const int64_t t = target[i];
+    if (t == skip) return true;
+    if (static_cast<uint64_t>(t) >= static_cast<uint64_t>(logits.classes)) {
+      report_bad_target(*this);
+      return true;
+    }
+  }
+  return row_weight && row_weight[i] == 0;
+}
+
+// What a dropped row comes to, but for `out`.
+inline void drop(const RowJob& job, int64_t i) {
+  if (job.loss) *job.loss_of(i) = 0;
+  if (job.task != Task::kStats) return;
+  job.logsumexp[i] = job.entropy[i] = __builtin_nan("");
+  job.argmax[i] = -1;
+  if (job.target_logprob) job.target_logprob[i] = __builtin_nan("");
+  if (job.target_rank) job.target_rank[i] = -1;
+}
 
 // Does the fast kernel (Kernels::rows) take this job?
 inline bool fast_rows(const RowJob& job) {
@@ -98,19 +141,33 @@ inline bool fast_rows(const RowJob& job) {
   const bool plain = job.task == Task::kSoftmax || job.task == Task::kLogSoftmax;
   // Smoothing needs sum_j z_j, which one float64 cannot hold well enough beside float64 logits.
   const bool smooth = job.off != 0;
-  return job.softcap == 0 && (plain || index) &&
+  // Sums that end in float64 are better compensated throughout.
+  const bool stats = job.task == Task::kStats && job.logits.dtype != Dtype::kFloat64;
+  return job.softcap == 0 && (plain || index || stats) &&
          (!smooth || (!job.class_weight && job.logits.dtype != Dtype::kFloat64));
 }
 
 // Few enough classes that one row a lane is faster than one row after the other? The layout has no
 // say, so that it never changes a bit.
 inline bool lane_rows(const RowJob& job) {
-  return fast_rows(job) && job.logits.dtype != Dtype::kFloat64 && job.logits.classes <= 48;
+  return fast_rows(job) && job.task != Task::kStats && job.logits.dtype != Dtype::kFloat64 &&
+         job.logits.classes <= 48;
 }
 
 // Is a row one block? The row's numbers are then worked out for several rows at once.
 inline bool short_rows(const RowJob& job) {
-  return fast_rows(job) && job.logits.dtype != Dtype::kFloat64 && job.logits.classes <= 4096;
+  return fast_rows(job) && job.task != Task::kStats && job.logits.dtype != Dtype::kFloat64 &&
+         job.logits.classes <= 4096;
+}
+
+// Is a row better served in parts by `n_threads`? It is where its e would take memory of the
+// output's order, or rows are too few for the threads. It changes no bits.
+inline bool in_parts(const RowJob& job, int n_threads) {
+  const int64_t compute = job.logits.dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t bytes = job.logits.classes * compute;
+  return fast_rows(job) && !short_rows(job) && job.logits.contiguous_rows() &&
+         (!job.out.data || job.out.contiguous_rows()) &&
+         (bytes >= 32 * kPartBytes || (job.n_rows < n_threads && bytes >= 2 * kPartBytes));
 }
 
 }  // namespace crossent

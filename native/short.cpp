@@ -83,8 +83,7 @@ class ShortRows {
       z_out[k] = out < 0 ? 0 : from[k][out];
       if (job_.off != 0) sum[k] = block_sum(from[k], V_, 0.0f);
       const char* ahead = feed.ahead(i + k, L);  // whose maximum comes before its exponentials
-      // The lines at a streamed row's ends are written the ordinary way.
-      if (streams_) __builtin_prefetch(feed.out(i + k), 1), __builtin_prefetch(feed.out(i + k) + V_, 1);
+      if (streams_) fetch_ends<Type>(feed.out(i + k), V_);
       float* e = e_ + k * stride_;
       const int bias = static_cast<int>(looked.bias[k]);
       if (search_ && scale == 1 && block.origin == 0)

@@ -79,8 +79,20 @@ struct StoredHalf {
   using V = F;
   static V load(const Type* p) { return Format::from(*reinterpret_cast<const U16U*>(p)); }
   static void store(Type* p, V x) { *reinterpret_cast<U16U*>(p) = Format::to(x); }
+#if defined(__AVX512F__)
+  static void stream(Type* p, V x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)Format::to(x));
+  }
+  static constexpr bool kStreams = true;
+#elif defined(__AVX2__)
+  static void stream(Type* p, V x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)Format::to(x));
+  }
+  static constexpr bool kStreams = true;
+#else
   static void stream(Type* p, V x) { store(p, x); }
   static constexpr bool kStreams = false;
+#endif
 };
 
 template <Dtype>
@@ -103,6 +115,9 @@ struct StoredAs<Dtype::kFloat64> {
 };
 template <Dtype dtype>
 using Stored = typename StoredAs<dtype>::type;
+
+// An output that no cache will hold is better written past it.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 // The first n lanes from p (1 <= n <= L), `fill` in the others; the first n lanes to p.
 template <class S>

@@ -56,6 +56,40 @@ def test_any_number_of_threads(options, dtype):
             assert found == wanted, (shape, n)
 
 
+@pytest.mark.parametrize("options", ["plain", "weights", "smoothing"])
+def test_a_row_in_parts_has_the_bits_of_a_row(options, dtype, isa):
+    """One row for several threads is served in parts, which one thread does without."""
+    logits, _, options = problem(1, 70_001, dtype, options)
+    logits[0, 40_000:50_000] -= 30  # blocks far below the maximum
+    target = np.array([66_000])
+    found = {}
+    for n in (1, 2, 3):
+        crossent.set_num_threads(n)
+        in_place = logits.copy()
+        crossent.cross_entropy_value_and_grad(in_place, target, **options, out=in_place)
+        stats = crossent.cross_entropy_stats(logits, target)
+        found[n] = [*everything(logits, target, options), in_place.tobytes()]
+        found[n] += [np.asarray(part).tobytes() for part in stats]
+    assert found[2] == found[1]
+    assert found[3] == found[1]
+
+
+def test_a_row_longer_than_the_caches(dtype):
+    """Served in parts whatever the threads; a row of the same numbers in half the length is not."""
+    n = 2**20
+    half = (np.random.default_rng(0).normal(size=n) * 3).astype(dtype)
+    logits = np.concatenate([half, half])
+    small = crossent.softmax(half).astype(np.float64)
+    large = crossent.softmax(logits).astype(np.float64)
+    # Half of each probability; 4 ulp each, and half an ulp of a 16-bit dtype.
+    bits = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}[dtype.name]
+    least = {"float64": 5e-324, "float32": 1.5e-45, "float16": 6e-8, "bfloat16": 1e-40}[dtype.name]
+    allowed = 16 * 2.0**-bits * small + 4 * least
+    assert (np.abs(large - np.tile(small / 2, 2)) <= np.tile(allowed, 2)).all()
+    loss = float(crossent.cross_entropy(logits, 5))
+    assert abs(loss - float(crossent.cross_entropy(half, 5)) - np.log(2)) < 1e-5
+
+
 def test_repeated_calls_with_many_threads(dtype):
     crossent.set_num_threads(8)
     given = problem(3000, 33, dtype)

@@ -242,6 +242,7 @@ LONG_CALL = """
     crossent.set_num_threads({threads})
     row = np.linspace(-20, 20, 100_000)
     rows = np.broadcast_to(row, (2_000_000, 100_000))
+    wide = np.broadcast_to(np.zeros(50_000_000, np.float16), (5_000, 50_000_000))
     small = crossent.softmax(row).tobytes()
     print("ready", flush=True)
     try:
@@ -259,6 +260,8 @@ LONG_CALL = """
     [
         "crossent.cross_entropy(rows, np.broadcast_to(7, len(rows)), label_smoothing=0.1)",
         "crossent.cross_entropy_stats(rows)",
+        # Rows in parts, a row in less time than lies between two questions whether to stop.
+        "crossent.cross_entropy(wide, np.broadcast_to(7, len(wide)))",
     ],
 )
 def test_ctrl_c_is_answered_in_a_long_call(threads, call):

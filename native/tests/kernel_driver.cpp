@@ -91,7 +91,7 @@ struct Work {
   Work(const Work&) = delete;
 
   std::string serve() {
-    if (run(job, nullptr, nullptr) != Outcome::kDone) return "not done";
+    if (run(job, nullptr, nullptr, nullptr) != Outcome::kDone) return "not done";
     std::string bits(out.bytes.begin(), out.bytes.end());
     for (const auto* x : {&loss, &lse, &logprob, &entropy})
       bits.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(double));

@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 def cross_entropy(
-    logits: NDArray[Any], plan: tuple[Any, ...], out: NDArray[Any] | None
-) -> tuple[NDArray[np.float64], float]: ...
+    logits: NDArray[Any], plan: tuple[Any, ...], out: NDArray[Any] | None, each: bool
+) -> NDArray[np.float64] | float: ...
 def hvp(
     logits: NDArray[Any], plan: tuple[Any, ...], vector: NDArray[Any], out: NDArray[Any]
 ) -> None: ...

@@ -1,7 +1,8 @@
 """Which implementation serves which device and dtype: one list, which the tests iterate.
 
-Every backend takes logits as ``(outer, V, inner)`` and a `RowPlan` from `rows.py`; row
-``i = o·inner + k``. To add one, write its functions and append it to `BACKENDS`.
+Every backend takes logits as ``(outer, V, inner)``, where inner is 1 also as ``(N, V)``, and a
+`RowPlan` from `rows.py`; row ``i = o·inner + k``. To add one, write its functions and append it to
+`BACKENDS`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from crossent import _native
 from crossent.rows import RowPlan
 
 Planned = tuple[RowPlan, NDArray[Any] | None]
-"""A plan, and its distribution target as ``(outer, V, inner)`` if that is its kind."""
+"""A plan, and its distribution target, seen as the logits are, if that is its kind."""
 
 
 class Backend(Protocol):
@@ -32,8 +33,11 @@ class Backend(Protocol):
 
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
-    ) -> tuple[NDArray[np.float64], float]:
-        """Return the rows' losses ``(N,)`` and their sum; write the gradient to `out` if given."""
+    ) -> NDArray[np.float64] | float:
+        """Return the rows' losses ``(N,)``, or their sum unless the plan's reduction is "none".
+
+        Writes the gradient to `out`, if given.
+        """
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         """Write softmax or log-softmax to `out`."""
@@ -61,9 +65,11 @@ class NativeBackend:
 
     def cross_entropy(
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
-    ) -> tuple[NDArray[np.float64], float]:
-        gradient = None if out is None else _bits(out)
-        return _native.cross_entropy(_bits(logits), _arguments(plan, upstream), gradient)
+    ) -> NDArray[np.float64] | float:
+        if self.dtype == "bfloat16":
+            logits, out = _bits(logits), None if out is None else _bits(out)
+        each = plan[0].reduction == "none"
+        return _native.cross_entropy(logits, _arguments(plan, upstream), out, each)
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
         _native.softmax(_bits(logits), _bits(out), log, 1.0)
@@ -94,6 +100,7 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
     """Return the plan in the order in which the native module takes it apart."""
     row, distribution = plan
+    for_all = isinstance(upstream, float)
     return (
         None if distribution is not None else row.target,
         row.target_prob,
@@ -107,8 +114,8 @@ def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
         row.z_loss,
         row.logit_scale,
         row.softcap,
-        upstream if isinstance(upstream, float) else 1.0,
-        None if isinstance(upstream, float) else upstream,
+        upstream if for_all else 1.0,
+        None if for_all else upstream,
     )
 
 
@@ -116,9 +123,9 @@ BACKENDS: list[Backend] = [
     NativeBackend(dtype) for dtype in ("float64", "float32", "float16", "bfloat16")
 ]
 _BY_NAME = {backend.dtype: backend for backend in BACKENDS if backend.device == "cpu"}
-_BY_CHAR = {np.dtype(name).char: _BY_NAME[name] for name in ("float64", "float32", "float16")}
+_BY_DTYPE = {np.dtype(name): _BY_NAME[name] for name in ("float64", "float32", "float16")}
 
 
 def backend_for(dtype: np.dtype[Any]) -> Backend:
     """Return the backend of NumPy arrays of `dtype`."""
-    return _BY_CHAR.get(dtype.char) or _BY_NAME[dtype.name]
+    return _BY_DTYPE.get(dtype) or _BY_NAME[dtype.name]

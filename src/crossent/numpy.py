@@ -155,20 +155,20 @@ def cross_entropy(
     plan = call.plan(
         target,
         Options(
-            weight=weight,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction=reduction,
-            divisor=divisor,
-            target_prob=target_prob,
+            weight,
+            sample_weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            softcap,
+            reduction,
+            divisor,
+            target_prob,
         ),
     )
-    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
-    return call.loss(plan, losses, total)
+    found = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
+    return call.loss(plan, found)
 
 
 def cross_entropy_value_and_grad(
@@ -221,25 +221,23 @@ softcap, reduction, divisor, target_prob, axis
     plan = call.plan(
         target,
         Options(
-            weight=weight,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction=reduction,
-            divisor=divisor,
-            target_prob=target_prob,
+            weight,
+            sample_weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            softcap,
+            reduction,
+            divisor,
+            target_prob,
         ),
     )
-    upstream = call.upstream(plan, grad_output)
+    upstream = None if grad_output is None else call.upstream(plan, grad_output)
     beside = (target, weight, sample_weight, target_prob, grad_output)
     grad = call.output() if out is None else call.checked_out(out, beside)
-    losses, total = call.backend.cross_entropy(
-        call.view, call.viewed(plan), upstream, call.three(grad)
-    )
-    return LossGrad(call.loss(plan, losses, total), grad if out is None else out)
+    found = call.backend.cross_entropy(call.view, call.viewed(plan), upstream, call.seen(grad))
+    return LossGrad(call.loss(plan, found), grad if out is None else out)
 
 
 def cross_entropy_hvp(
@@ -293,16 +291,16 @@ softcap, reduction, divisor, target_prob, axis, grad_output
     plan = call.plan(
         target,
         Options(
-            weight=weight,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction=reduction,
-            divisor=divisor,
-            target_prob=target_prob,
+            weight,
+            sample_weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            softcap,
+            reduction,
+            divisor,
+            target_prob,
         ),
     )
     direction = as_logits(call.where, "vector", vector)
@@ -317,8 +315,8 @@ softcap, reduction, divisor, target_prob, axis, grad_output
         call.view,
         call.viewed(plan),
         call.upstream(plan, grad_output),
-        call.three(direction),
-        call.three(result),
+        call.seen(direction),
+        call.seen(result),
     )
     return result
 
@@ -370,16 +368,16 @@ softcap, reduction, divisor, target_prob, axis
     plan = call.plan(
         target,
         Options(
-            weight=weight,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction=reduction,
-            divisor=divisor,
-            target_prob=target_prob,
+            weight,
+            sample_weight,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            softcap,
+            reduction,
+            divisor,
+            target_prob,
         ),
     )
     n_classes = plan.n_classes
@@ -479,5 +477,5 @@ def cross_entropy_stats(
 def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:
     call = Call(where, input, axis)
     result = call.output()
-    call.backend.softmax(call.view, call.three(result), log)
+    call.backend.softmax(call.view, call.seen(result), log)
     return result

@@ -5,6 +5,9 @@ Design:
   b. ``where`` is the public function's name. It opens every message, so that the same bad input
      reads the same in every front end.
   c. A check returns the cleaned value or raises; the meaning of an option lives in ``rows.py``.
+  d. Nobody changes an ``Options`` once it is made, yet it is not ``frozen``: to make ten frozen
+     fields takes 1.5 µs more, as long as the kernels take for 32 rows. Given in order, not by name,
+     they take another 0.5 µs less.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 Reduction = Literal["mean", "sum", "none"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Options:
     """The options of `cross_entropy`, as the caller gave them (arrays unconverted)."""
 
@@ -43,7 +46,18 @@ class Options:
         TypeError, ValueError
             If an option has the wrong type, is out of range or NaN.
         """
-        if self._scalars_are_defaults():
+        if (  # the common case, whose checks would cost more than a small loss
+            type(self.label_smoothing) is type(self.z_loss) is type(self.logit_scale) is float
+            and self.label_smoothing == 0.0
+            and self.z_loss == 0.0
+            and self.logit_scale == 1.0
+            and type(self.ignore_index) is int
+            and -(2**63) <= self.ignore_index < 2**63
+            and self.softcap is None
+            and self.divisor is None
+            and type(self.reduction) is str
+            and self.reduction in _REDUCTIONS
+        ):
             return self
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise ValueError(
@@ -54,43 +68,28 @@ class Options:
                 f"{where}: divisor replaces the divisor of reduction='mean', but reduction is "
                 f"{self.reduction!r}; leave divisor=None or use reduction='mean'"
             )
-        number = _Number(where, compute_dtype)
         return Options(
-            weight=self.weight,
-            sample_weight=self.sample_weight,
-            ignore_index=_integer(where, "ignore_index", self.ignore_index),
-            label_smoothing=number("label_smoothing", self.label_smoothing, "in [0, 1]"),
-            z_loss=number("z_loss", self.z_loss, "finite and at least 0"),
-            logit_scale=number("logit_scale", self.logit_scale, "finite and above 0"),
-            softcap=None
+            self.weight,
+            self.sample_weight,
+            _integer(where, "ignore_index", self.ignore_index),
+            _number(where, compute_dtype, "label_smoothing", self.label_smoothing, "in [0, 1]"),
+            _number(where, compute_dtype, "z_loss", self.z_loss, "finite and at least 0"),
+            _number(where, compute_dtype, "logit_scale", self.logit_scale, "finite and above 0"),
+            None
             if self.softcap is None
-            else number("softcap", self.softcap, "finite and above 0"),
-            reduction=self.reduction,
-            divisor=None if self.divisor is None else number("divisor", self.divisor, "finite"),
-            target_prob=self.target_prob,
-        )
-
-    def _scalars_are_defaults(self) -> bool:
-        """Tell the common case, whose checks would cost more than a small loss."""
-        return (
-            type(self.label_smoothing) is float
-            and self.label_smoothing == 0.0
-            and type(self.z_loss) is float
-            and self.z_loss == 0.0
-            and type(self.logit_scale) is float
-            and self.logit_scale == 1.0
-            and type(self.ignore_index) is int
-            and -(2**63) <= self.ignore_index < 2**63
-            and self.softcap is None
-            and self.divisor is None
-            and type(self.reduction) is str
-            and self.reduction in _REDUCTIONS
+            else _number(where, compute_dtype, "softcap", self.softcap, "finite and above 0"),
+            self.reduction,
+            None
+            if self.divisor is None
+            else _number(where, compute_dtype, "divisor", self.divisor, "finite"),
+            self.target_prob,
         )
 
 
 MAX_THREADS = 2**15
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 _REDUCTIONS = get_args(Reduction)
+_FLOAT64 = np.dtype(np.float64)
 
 _RANGES = {
     "in [0, 1]": lambda x: 0 <= x <= 1,
@@ -100,34 +99,42 @@ _RANGES = {
 }
 
 
-class _Number:
-    def __init__(self, where: str, compute_dtype: np.dtype[Any]) -> None:
-        self.where, self.dtype = where, compute_dtype
-
-    def __call__(self, name: str, value: object, expected: str) -> float:
-        if isinstance(value, np.ndarray) and value.ndim == 0:
-            value = value[()]
-        if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
-            raise TypeError(
-                f"{self.where}: {name} must be a real number {expected}, got {_describe(value)}"
-            )
-        # The divisor is a count, kept exact: 2**24 + 1 tokens must not become 2**24.
-        dtype = np.dtype(np.float64) if name == "divisor" else self.dtype
-        huge: Any = value
-        try:
-            given = float(value)
-        except OverflowError:  # a huge Python integer or fraction
-            given = math.inf if huge > 0 else -math.inf
+def _number(
+    where: str, compute_dtype: np.dtype[Any], name: str, value: object, expected: str
+) -> float:
+    given = value if type(value) is float else _as_float(where, name, value, expected)
+    # The divisor is a count, kept exact: 2**24 + 1 tokens must not become 2**24.
+    dtype = _FLOAT64 if name == "divisor" else compute_dtype
+    if dtype is _FLOAT64 or given == 0.0 or given == 1.0:
+        rounded = given
+    elif 1e-30 < given < 1e30:  # float32 can hold it: no warning to silence
+        rounded = float(dtype.type(given))
+    else:
         with np.errstate(over="ignore", under="ignore"):
             rounded = float(dtype.type(given))
-        if not _RANGES[expected](given) or not _RANGES[expected](rounded):
-            same = rounded == given or math.isnan(given)
-            in_dtype = "" if same else f" ({rounded} in {dtype.name})"
-            raise ValueError(f"{self.where}: {name} must be {expected}, got {given}{in_dtype}")
-        return rounded
+    fits = _RANGES[expected]
+    if not (fits(given) and (rounded == given or fits(rounded))):
+        same = rounded == given or math.isnan(given)
+        in_dtype = "" if same else f" ({rounded} in {dtype.name})"
+        raise ValueError(f"{where}: {name} must be {expected}, got {given}{in_dtype}")
+    return rounded
+
+
+def _as_float(where: str, name: str, value: object, expected: str) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{where}: {name} must be a real number {expected}, got {_describe(value)}")
+    huge: Any = value
+    try:
+        return float(value)
+    except OverflowError:  # a huge Python integer or fraction
+        return math.inf if huge > 0 else -math.inf
 
 
 def _integer(where: str, name: str, value: object) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
