@@ -19,7 +19,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f \
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=python3.12 make ... chooses the Python of .venv; CXX=clang++ the compiler."
 
 .PHONY: train
@@ -39,7 +39,7 @@ lint: $(VENV)/.stamp-package $(VENV)/.stamp-lint ## ruff, mypy and clang-format
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard native/*.cpp native/*.h)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard native/*.cpp native/*.h native/tests/*.cpp native/tests/*.h)
 
 .PHONY: clean
 clean: ## remove what make has made: .venv, the build and caches (trained models stay)
@@ -111,10 +111,18 @@ sanitize: $(CHECKING) ## the tests under AddressSanitizer and UndefinedBehaviorS
 .PHONY: tsan
 tsan: $(CHECKING) ## kernels and thread pool under ThreadSanitizer
 	@$(WITH_CMAKE) cmake -S native/tests -B build/tsan -DCMAKE_BUILD_TYPE=Release \
-		-DPython_EXECUTABLE=$(CURDIR)/$(RUN) -DCROSSENT_SANITIZE=thread >build/tsan.log
+		-DCROSSENT_SANITIZE=thread >build/tsan.log
 	@$(WITH_CMAKE) cmake --build build/tsan --target parallel_driver kernel_driver >>build/tsan.log
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/parallel_driver
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/kernel_driver
+
+.PHONY: emulate
+emulate: $(CHECKING) ## the tests of the kernels with AVX-512 emulated, on a machine without (ARGS="-k softmax")
+	@sh tools/emulate_v4.sh $(ARGS)
+
+.PHONY: aarch64
+aarch64: $(VENV)/.stamp-build-tools ## build for aarch64 and check it there, under QEMU elsewhere
+	@$(WITH_CMAKE) sh tools/aarch64.sh
 
 .PHONY: fuzz
 fuzz: $(CHECKING) ## random calls against the exact answer (CASES=1000000)

@@ -18,6 +18,9 @@ extern const Kernels kernels;
 namespace isa_v4 {
 extern const Kernels kernels;
 }
+namespace isa_v4bf16 {
+extern const Kernels kernels;
+}
 #else
 namespace isa_base {
 extern const Kernels kernels;
@@ -42,12 +45,22 @@ const std::vector<Isa>& isas() {
              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
              __builtin_cpu_supports("popcnt");
     };
-    const auto has_v4 = [] {
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const auto has_v4 = [&] {
+#if defined(CROSSENT_EMULATE_V4)
+      return has_v3();
+#endif
+      return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
     };
-    if (has_v3() && has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels});
+    const auto has_bf16 = [] {
+#if defined(CROSSENT_EMULATE_V4)
+      return true;
+#endif
+      return __builtin_cpu_supports("avx512bf16") != 0;
+    };
+    if (has_v4() && has_bf16()) list.push_back({"x86-64-v4-bf16", &isa_v4bf16::kernels});
+    if (has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels});
     if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels});
     list.push_back({"x86-64-v2", &isa_v2::kernels});
 #else

@@ -18,6 +18,12 @@ struct BFloat16 {
     return (F)(__builtin_convertvector(h, U32) << 16);
   }
   static __attribute__((always_inline)) U16 to(F x) {
+#if defined(__AVX512BF16__)
+    // The instruction takes subnormal numbers for 0; the rest it rounds as below.
+    constexpr int kSubnormal = 0x20;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(x, kSubnormal) == 0, 1))
+      return (U16)_mm512_cvtneps_pbh(x);
+#endif
     const U32 u = (U32)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return __builtin_convertvector(select(x == x, rounded, (u >> 16) | 0x40u), U16);
   }
@@ -34,6 +40,9 @@ struct Float16 {
   static __attribute__((always_inline)) U16 to(F x) {
     return (U16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+#elif defined(__aarch64__)
+  static __attribute__((always_inline)) F from(U16 h) { return (F)vcvt_f32_f16((float16x4_t)h); }
+  static __attribute__((always_inline)) U16 to(F x) { return (U16)vcvt_f16_f32((float32x4_t)x); }
 #else
   // The exponent is moved by multiplying with 2^112, which makes subnormals right by itself.
   static __attribute__((always_inline)) F from(U16 half) {

@@ -237,7 +237,8 @@ def test_a_worker_process_uses_one_thread(method, early, environment, threads, t
 
 # A call of some minutes, in rows far shorter than the second in which Ctrl-C is to be answered.
 LONG_CALL = """
-    import numpy as np, crossent
+    import signal, numpy as np, crossent
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     crossent.set_num_threads({threads})
     row = np.linspace(-20, 20, 100_000)
     rows = np.broadcast_to(row, (2_000_000, 100_000))

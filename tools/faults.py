@@ -133,7 +133,7 @@ def build() -> None:
 
 def build_broken() -> bool:
     """Build the binding, the host and the fastest kernels alone; False if they do not compile."""
-    isa = _native.available_isas()[0].removeprefix("x86-64-")
+    isa = _native.available_isas()[0].removeprefix("x86-64-").replace("-", "")
     command = [
         "cmake",
         "--build",

@@ -3,30 +3,13 @@
 #
 #   tools/sanitize.sh [pytest arguments]        make sanitize ARGS="-k softmax"
 #
-# The build and an environment for it lie under build/asan: packages come from .venv, crossent from
-# here. FUZZ_CASES (default 20000) sets how much is fuzzed, CMAKE_BUILD_PARALLEL_LEVEL the compilers.
+# The build and its environment lie under build/asan. FUZZ_CASES (default 20000) sets how much is
+# fuzzed, CMAKE_BUILD_PARALLEL_LEVEL the compilers.
 set -eu
 cd "$(dirname "$0")/.."
-root=$PWD venv=$PWD/.venv at=$PWD/build/asan
-PATH=$venv/bin:$PATH # where cmake is, if the system has none
-python=$venv/bin/python
+root=$PWD at=$PWD/build/asan
 
-cmake -S . -B "$at/cmake" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$python" \
-  -DCROSSENT_SANITIZE=address,undefined >"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
-cmake --build "$at/cmake" >>"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
-
-# An environment of its own, so that the Python processes a test starts are checked as well. Its
-# .pth file names .venv's packages without running the .pth files there (crossent's editable hook).
-[ -x "$at/venv/bin/python" ] || "$python" -m venv --without-pip "$at/venv"
-rm -rf "$at/site"
-mkdir -p "$at/site"
-cp -R src/crossent "$at/site/"
-cmake --install "$at/cmake" --prefix "$at/site" >>"$at.log"
-site='import sysconfig; print(sysconfig.get_path("purelib"))'
-{
-  echo "$at/site"
-  "$python" -c "$site"
-} >"$("$at/venv/bin/python" -c "$site")/crossent.pth"
+sh tools/checking_build.sh asan -DCROSSENT_SANITIZE=address,undefined
 
 # The interpreter is not instrumented, so the runtimes must come first; libstdc++ with them, so that
 # they find the exceptions they intercept.

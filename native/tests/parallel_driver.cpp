@@ -4,6 +4,7 @@
 //       native/parallel.cpp native/tests/parallel_driver.cpp -o build/parallel_driver
 //
 //   build/parallel_driver              every check; on the first failure a line and exit status 1
+//   build/parallel_driver COMMAND      the same, where COMMAND starts this program: an emulator
 //   build/parallel_driver --latency    the median times of the smallest calls on 2 threads
 //   build/parallel_driver --threads    num_threads(), for the checks of the environment
 //
@@ -426,7 +427,7 @@ int main(int argc, char** argv) {
   if (mode == "--threads") return std::printf("%d\n", crossent::num_threads()), 0;
   alarm(600);  // a hang is a failure
   unsetenv("CROSSENT_NUM_THREADS");
-  check_environment(argv[0]);
+  check_environment(argc > 1 ? argv[1] : argv[0]);
   check_every_index_once();
   check_callables();
   check_nested();

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -55,6 +57,42 @@ def get_num_threads() -> int:
     return int(_native.num_threads())
 
 
+def register_threadpoolctl() -> None:
+    """Make the pool of threads known to threadpoolctl, for `threadpool_info` and its limits.
+
+    Importing crossent does this where threadpoolctl has been imported before, and importing
+    ``crossent.sklearn`` does it always. Call it where threadpoolctl comes later. A second call
+    changes nothing.
+
+    ``threadpool_limits(1)`` then limits crossent along with BLAS and OpenMP, and
+    ``threadpool_limits(1, user_api="crossent")`` crossent alone; both for the whole process, not
+    for the calling thread alone.
+
+    Raises
+    ------
+    ImportError
+        If threadpoolctl is absent, or older than 3.5.
+
+    Examples
+    --------
+    >>> from threadpoolctl import threadpool_info, threadpool_limits
+    >>> register_threadpoolctl()
+    >>> [pool["version"] for pool in threadpool_info() if pool["user_api"] == "crossent"]
+    ['0.1.0']
+    >>> with threadpool_limits(1, user_api="crossent"):
+    ...     get_num_threads()
+    1
+    """
+    from crossent import _threadpoolctl  # noqa: F401
+
+
+def register_with_loaded_threadpoolctl() -> None:
+    """Do so where threadpoolctl has been imported and can."""
+    if "threadpoolctl" in sys.modules:
+        with contextlib.suppress(ImportError):  # too old
+            register_threadpoolctl()
+
+
 def read_environment() -> None:
     """Apply ``CROSSENT_ISA``, and say which variables are passed over and why."""
     isa = os.environ.get("CROSSENT_ISA")
@@ -76,3 +114,4 @@ def read_environment() -> None:
 
 
 read_environment()
+register_with_loaded_threadpoolctl()

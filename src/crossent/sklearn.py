@@ -28,10 +28,13 @@ from crossent._fit_inputs import (
 )
 from crossent._minimize import FitRecord, minimize_objective
 from crossent._multinomial import MultinomialObjective, logits
+from crossent.runtime import register_with_loaded_threadpoolctl
 
 __all__ = ["FitProgress", "FitRecord", "SoftmaxClassifier"]
 
 FLOATS = (np.float64, np.float32)
+
+register_with_loaded_threadpoolctl()  # scikit-learn has loaded it
 
 
 @dataclass(frozen=True)
