@@ -133,8 +133,8 @@ struct Work {
       job.loss = task == Task::kLoss ? loss.data() : nullptr;
       if (seed % 2) job.class_weight = class_weight.data();
       if (seed % 3 == 1) job.on = 0.9, job.off = 0.1 / static_cast<double>(classes);
-      if (seed % 5 == 1) job.z_loss = 1e-3;
-      if (seed % 5 == 2) job.softcap = 30;
+      if (seed % 7 == 1) job.z_loss = 1e-3;
+      if (seed % 7 == 2) job.softcap = 30;
     }
     if (task == Task::kStats) {
       job.logsumexp = lse.data();
@@ -169,8 +169,9 @@ constexpr Kind kKinds[] = {
 };
 constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 constexpr Layout kLayouts[] = {Layout::kPlain, Layout::kStrided, Layout::kInner, Layout::kReversed};
-// Many short rows, rows of a few vectors, and one longer than a block and than a task.
-constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {3, 40000}};
+// Many short rows, rows of a few vectors and of a block, rows longer than a task, and rows that more
+// than three threads serve in parts. As many as no option's turn and no count of layouts divides.
+constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {40, 4000}, {3, 40000}, {3, 70000}};
 
 // Every kind of job; `turn` varies shapes and options over dtypes and layouts.
 std::vector<Work*> all_work(int turn) {
@@ -179,7 +180,7 @@ std::vector<Work*> all_work(int turn) {
   for (const Kind& kind : kKinds)
     for (const Dtype dtype : kDtypes)
       for (const Layout layout : kLayouts) {
-        const auto& shape = kShapes[seed % 3];
+        const auto& shape = kShapes[seed % 5];
         works.push_back(
             new Work(kind.task, kind.target, dtype, layout, shape[0], shape[1], seed++));
       }
