@@ -206,9 +206,25 @@ int race(const std::vector<Work*>& works, const std::vector<std::string>& alone)
   return wrong;
 }
 
+// Rows in parts are over before parallel_for asks whether to stop, so each must be asked after.
+bool asked_after_each_row() {
+  const int64_t rows = 3;
+  Work work(Task::kSoftmax, Target::kNone, Dtype::kFloat32, Layout::kPlain, rows, 70000, 0);
+  set_num_threads(4);
+  int calls = 0;
+  const auto go_on = [](void* calls) { return ++*static_cast<int*>(calls) > 0; };
+  const auto stop = [](void*) { return false; };
+  return run(work.job, nullptr, go_on, &calls) == Outcome::kDone && calls >= rows &&
+         run(work.job, nullptr, stop, nullptr) == Outcome::kCancelled;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (!asked_after_each_row()) {
+    std::fprintf(stderr, "rows in parts do not ask whether to stop\n");
+    return 1;
+  }
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
   size_t jobs = 0;
   for (const std::string& isa : available_isas())
