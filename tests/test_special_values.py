@@ -243,6 +243,8 @@ def test_results_too_large_for_float32_are_infinite_in_silence():
     for reduction in ("mean", "sum", "none"):
         assert crossent.cross_entropy(logits, [1], reduction=reduction) == inf
     assert crossent.cross_entropy(logits, [1], sample_weight=-1, reduction="sum") == -inf
+    stats = crossent.cross_entropy_stats(logits, [1], logit_scale=2)
+    assert (stats.logsumexp[0], stats.target_logprob[0], stats.entropy[0]) == (inf, -inf, 0)
 
 
 @pytest.mark.parametrize("low", [-1e5, -1e300])
