@@ -169,8 +169,9 @@ constexpr Kind kKinds[] = {
 };
 constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 constexpr Layout kLayouts[] = {Layout::kPlain, Layout::kStrided, Layout::kInner, Layout::kReversed};
-// Many short rows, rows of a few vectors and of a block, rows longer than a task, and rows that more
-// than three threads serve in parts. As many as no option's turn and no count of layouts divides.
+// Many short rows, rows of a few vectors and of a block, rows longer than a task, and rows that
+// more than three threads serve in parts. As many as no option's turn and no count of layouts
+// divides.
 constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {40, 4000}, {3, 40000}, {3, 70000}};
 
 // Every kind of job; `turn` varies shapes and options over dtypes and layouts.
