@@ -254,6 +254,34 @@ def test_a_class_out_of_reach_has_no_part_in_the_entropy(isa, low):
     assert stats.logsumexp[0] == 0
 
 
+@pytest.mark.parametrize("n_classes", [4, 60, 5000])
+@pytest.mark.parametrize("logit_scale", [1e9, 1e14, 1e30, 1e38])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_out_of_reach_stays_at_0_under_a_huge_logit_scale(
+    dtype, logit_scale, n_classes, isa
+):
+    logits = np.zeros((20, n_classes), dtype)
+    logits[:, 1:] = np.where(np.arange(1, n_classes) % 2, -inf, -1)
+    for options in ({}, {"sample_weight": np.ones(20)}):
+        options |= {"logit_scale": logit_scale, "reduction": "none"}
+        loss, grad = crossent.cross_entropy_value_and_grad(logits, np.arange(20) % 2, **options)
+        assert not loss[::2].any()
+        assert not grad[::2].any()
+        assert not grad[:, 2:].any()
+    stats = crossent.cross_entropy_stats(logits, logit_scale=logit_scale)
+    assert not stats.entropy.any()
+
+
+@pytest.mark.parametrize("n_classes", [3, 60, 5000])
+@pytest.mark.parametrize("width", [1e6, 1e37])
+def test_the_entropy_of_logits_far_apart_under_a_small_scale(n_classes, width, isa):
+    logits = np.linspace(-width, 0, n_classes, dtype=np.float32)[None]
+    scale = np.float32(3 / width)
+    found = crossent.cross_entropy_stats(logits, logit_scale=scale).entropy
+    exact = crossent.cross_entropy_stats(logits.astype(float), logit_scale=scale).entropy
+    np.testing.assert_allclose(found, exact, rtol=8 * 2.0**-23)
+
+
 @pytest.mark.parametrize("n_classes", [4, 60])  # one row a lane, and one row after the other
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_masked_class_stays_at_0_under_a_huge_z_loss(isa, dtype, n_classes):

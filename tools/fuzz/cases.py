@@ -158,7 +158,9 @@ def _options(case: Case) -> None:
     if random.random() < 0.003:
         options["ignore_index"] = random.choice((2**63, -(2**63) - 1, 10**30))
         case.unsure = True
-    maybe("logit_scale", (1.0, 0.5, 2, 1 / 3, 1e-3, 100.0, np.float32(0.7)), (0, *WRONG_NUMBERS))
+    maybe(
+        "logit_scale", (1.0, 0.5, 2, 1 / 3, 1e-3, 1e-6, 100.0, np.float32(0.7)), (0, *WRONG_NUMBERS)
+    )
     wrong_caps = tuple(x for x in WRONG_NUMBERS if x is not None)
     if random.random() < 0.5:
         maybe("softcap", (None, 1.0, 30.0, 0.1, 1e3, np.array(5.0)), (0, *wrong_caps))
