@@ -272,6 +272,19 @@ def test_what_is_out_of_reach_stays_at_0_under_a_huge_logit_scale(
     assert not stats.entropy.any()
 
 
+@pytest.mark.parametrize("n_classes", [1, 4, 60, 5000])
+@pytest.mark.parametrize("height", [-3e38, 3e38])
+def test_a_scale_that_takes_logits_beyond_float32(n_classes, height, isa):
+    logits = np.full((20, n_classes), height, np.float32)
+    loss, grad = crossent.cross_entropy_value_and_grad(
+        logits, np.zeros(20, int), logit_scale=100, reduction="none"
+    )
+    exact = np.full((20, n_classes), 100 / n_classes)
+    exact[:, 0] = 100 / n_classes - 100
+    np.testing.assert_allclose(grad, exact, rtol=8 * 2.0**-23)
+    np.testing.assert_allclose(loss, np.log(n_classes), rtol=8 * 2.0**-23)
+
+
 @pytest.mark.parametrize("n_classes", [3, 60, 5000])
 @pytest.mark.parametrize("width", [1e6, 1e37])
 def test_the_entropy_of_logits_far_apart_under_a_small_scale(n_classes, width, isa):
