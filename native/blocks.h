@@ -185,9 +185,10 @@ int64_t count_above(const T* z, int64_t n, T limit) {
 template <class T>
 void choose_reference(Block<T>& block, double scale) {
   const double top = scale * block.max;
-  const bool plain = top == -kInfinity || std::fabs(top) < Limits<T>::origin;
-  block.origin = plain ? T(0) : block.max;
-  block.reference = plain && top != -kInfinity ? static_cast<int>(std::rint(top * kLog2E)) : 0;
+  const bool near = std::fabs(top) < Limits<T>::origin;
+  // (The maximum, since a scale may take a finite one to an infinite top.)
+  block.origin = near || block.max == -kInfinity ? T(0) : block.max;
+  block.reference = near ? static_cast<int>(std::rint(top * kLog2E)) : 0;
 }
 
 inline Form form_of(double origin, double scale) {
