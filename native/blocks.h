@@ -142,15 +142,17 @@ double block_sum(const T* z, int64_t n, T origin_) {
   return sum.total().value();
 }
 
-// sum_j e_j (max - z_j), in double. What is far below counts nothing, and less at -inf.
+// sum_j e_j (max - z_j), in double. Beyond `kFar` below what exp sees there is but its floor, which
+// counts nothing, nor does it at -inf. (No two floats lie 1e40 apart.)
 template <class T>
-double sum_below(const T* z, const T* e, int64_t n, T max_) {
-  constexpr double kFar = 1e5;
+double sum_below(const T* z, const T* e, int64_t n, T max_, double scale) {
+  constexpr double kFar = 512;
+  const double limit = std::fmin(kFar / scale, 1e40);
   double sum = 0;
   int64_t j = 0;
   if constexpr (sizeof(T) == 4) {
     constexpr int L = Lanes<T>::n;
-    const D top = splat(static_cast<double>(max_)), far = splat(kFar);
+    const D top = splat(static_cast<double>(max_)), far = splat(limit);
     D even = {}, odd = {};
     for (; j + L <= n; j += L) {
       const F x = load(z + j), y = load(e + j);
@@ -163,7 +165,7 @@ double sum_below(const T* z, const T* e, int64_t n, T max_) {
   }
   for (; j < n; j++) {
     const double below = static_cast<double>(max_) - z[j];
-    sum += e[j] * (below < kFar ? below : kFar);
+    sum += e[j] * (below < limit ? below : limit);
   }
   return sum;
 }
@@ -183,9 +185,10 @@ int64_t count_above(const T* z, int64_t n, T limit) {
 template <class T>
 void choose_reference(Block<T>& block, double scale) {
   const double top = scale * block.max;
-  const bool plain = top == -kInfinity || std::fabs(top) < Limits<T>::origin;
-  block.origin = plain ? T(0) : block.max;
-  block.reference = plain && top != -kInfinity ? static_cast<int>(std::rint(top * kLog2E)) : 0;
+  const bool near = std::fabs(top) < Limits<T>::origin;
+  // (The maximum, since a scale may take a finite one to an infinite top.)
+  block.origin = near || block.max == -kInfinity ? T(0) : block.max;
+  block.reference = near ? static_cast<int>(std::rint(top * kLog2E)) : 0;
 }
 
 inline Form form_of(double origin, double scale) {

@@ -365,7 +365,8 @@ class Tiles {
     const F m = found.m, tau = splat(static_cast<float>(job_.logit_scale));
     const F top = form == Form::kScaled ? tau * m : m;
     const auto near = (top < kOrigin) & (top > -kOrigin);
-    const F origin = select(near | (top == -kInfinity), F{}, m);
+    // (m, since top is infinite where a scale takes it beyond the largest float.)
+    const F origin = select(near | (m == -kInfinity), F{}, m);
     const F rounder = splat(0x1.8p23f);
     const F reference =
         fma(select(near, top, F{}), splat(static_cast<float>(kLog2E)), rounder) - rounder;

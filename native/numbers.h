@@ -78,10 +78,11 @@ class Numbers {
   explicit Numbers(const RowJob& job)
       : job_(job),
         uniform_(!job.row_weight && !job.class_weight && !job.upstream),
-        index_(job.kind == Target::kIndex) {
+        index_(job.kind == Target::kIndex),
+        steep_(std::fmax(job.logit_scale, 1.0)) {
     const double r = 1 / job.divisor, u = r * job.upstream_all;
     float bias = 0;
-    same_.fits = bias_for(r, u, &bias);
+    same_.fits = bias_for(r, u * steep_, &bias);
     same_.target = Index{};
     same_.kept = ~Index{};
     same_.bias = splat(bias);
@@ -195,7 +196,7 @@ class Numbers {
       scale[k] = keep ? job_.row_scale(row) * w : 0;
       upstream[k] = keep ? job_.row_scale(row) * job_.row_upstream(row) * w : 0;
       if (k == 0) rows->fits = true;
-      rows->fits &= bias_for(scale[k], upstream[k], &bias[k]) && w != 0;
+      rows->fits &= bias_for(scale[k], upstream[k] * steep_, &bias[k]) && w != 0;
     }
     __builtin_memcpy(&rows->target, target, sizeof target);
     __builtin_memcpy(&rows->kept, kept, sizeof kept);
@@ -223,6 +224,7 @@ class Numbers {
 
   const RowJob& job_;
   const bool uniform_, index_;  // uniform: one scale for all rows
+  const double steep_;          // of the logits' scale, what could lift exp's floor into sight
   Looked same_;
 };
 

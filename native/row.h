@@ -62,7 +62,8 @@ class Row {
       row->u = row->r * job_.row_upstream(i);
     }
     if (row->t >= 0) row->z_t = load_part<S>(z + row->t, 1, T(0))[0];
-    const double r = row->r * row->w, u = row->u * row->w;
+    // What multiplies e: the logits' scale too, where it could lift exp's floor into sight.
+    const double r = row->r * row->w, u = row->u * row->w * std::fmax(job_.logit_scale, 1.0);
     const int a = r == 0 ? 0 : exponent(r), b = u == 0 ? a : exponent(u);
     const int bias = (a > b ? a : b) + Limits<T>::headroom, top = Limits<T>::highest_scale;
     row->bias = bias > Limits<T>::lowest_shift ? bias : Limits<T>::lowest_shift;
@@ -89,7 +90,7 @@ class Row {
                  reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
       if (job_.off != 0) block.sum = block_sum(from, n, block.origin);
       if (stats) {
-        block.sum = sum_below(from, e, n, block.max);
+        block.sum = sum_below(from, e, n, block.max, scale);
         block.above = row.t < 0 ? 0 : count_above(from, n, static_cast<T>(row.z_t));
       }
     }

@@ -146,3 +146,41 @@ def test_targets_are_rounded_to_the_compute_dtype(isa):
     )
     np.testing.assert_array_equal(found.grad, rounded.grad)
     np.testing.assert_array_equal(found.loss, rounded.loss)
+
+
+@pytest.mark.parametrize("n_classes", [4, V, 600, 5000])  # a lane a row, short, short, long
+def test_dropped_rows_of_any_length(n_classes, dtype, isa):
+    logits, target = rows_of(37, dtype, n_classes), np.arange(37) % n_classes
+    dropped = np.arange(37) % 3 == 1
+    clean = crossent.cross_entropy_value_and_grad(
+        logits[~dropped], target[~dropped], reduction="none"
+    )
+    logits[dropped] = np.nan
+    weights = {"sample_weight": np.where(dropped, 0, 1.0)}
+    for y, options in ((np.where(dropped, -100, target), {}), (target, weights)):
+        found = crossent.cross_entropy_value_and_grad(logits, y, reduction="none", **options)
+        np.testing.assert_array_equal(found.loss[~dropped], clean.loss)
+        np.testing.assert_array_equal(found.grad[~dropped], clean.grad)
+        assert not found.loss[dropped].any()
+        assert not found.grad[dropped].any()
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32 + 1, -(2**40)])
+@pytest.mark.parametrize("n_classes", [4, V, 600, 5000])
+def test_one_bad_target_among_many_rows(n_classes, bad, dtype, isa):
+    logits, target = rows_of(37, dtype, n_classes), np.zeros(37, int)
+    target[13] = bad
+    for options in ({}, {"reduction": "none"}, {"sample_weight": 1}, {"sample_weight": 0}):
+        with pytest.raises(IndexError, match=rf"target\[13\] is {bad}, "):
+            crossent.cross_entropy(logits, target, **options)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 8, 16, 37])
+def test_nothing_is_written_behind_the_last_row(n_rows, dtype, isa):
+    for n_classes in (*range(1, 20), 31, 33, 48, V):
+        logits, target = rows_of(n_rows, dtype, n_classes), np.arange(n_rows) % n_classes
+        room = np.full(logits.size + 64, 7, dtype)
+        out = room[32:-32].reshape(logits.shape)
+        crossent.cross_entropy_value_and_grad(logits, target, out=out)
+        assert (room[:32] == 7).all()
+        assert (room[-32:] == 7).all()

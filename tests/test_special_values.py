@@ -243,6 +243,8 @@ def test_results_too_large_for_float32_are_infinite_in_silence():
     for reduction in ("mean", "sum", "none"):
         assert crossent.cross_entropy(logits, [1], reduction=reduction) == inf
     assert crossent.cross_entropy(logits, [1], sample_weight=-1, reduction="sum") == -inf
+    stats = crossent.cross_entropy_stats(logits, [1], logit_scale=2)
+    assert (stats.logsumexp[0], stats.target_logprob[0], stats.entropy[0]) == (inf, -inf, 0)
 
 
 @pytest.mark.parametrize("low", [-1e5, -1e300])
@@ -250,6 +252,48 @@ def test_a_class_out_of_reach_has_no_part_in_the_entropy(isa, low):
     stats = crossent.cross_entropy_stats(np.array([[0.0, low]]), [0])
     assert stats.entropy[0] == 0
     assert stats.logsumexp[0] == 0
+
+
+@pytest.mark.parametrize("n_classes", [4, 60, 5000])
+@pytest.mark.parametrize("logit_scale", [1e9, 1e14, 1e30, 1e38])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_out_of_reach_stays_at_0_under_a_huge_logit_scale(
+    dtype, logit_scale, n_classes, isa
+):
+    logits = np.zeros((20, n_classes), dtype)
+    logits[:, 1:] = np.where(np.arange(1, n_classes) % 2, -inf, -1)
+    for options in ({}, {"sample_weight": np.ones(20)}):
+        options |= {"logit_scale": logit_scale, "reduction": "none"}
+        loss, grad = crossent.cross_entropy_value_and_grad(logits, np.arange(20) % 2, **options)
+        assert not loss[::2].any()
+        assert not grad[::2].any()
+        assert not grad[:, 2:].any()
+    stats = crossent.cross_entropy_stats(logits, logit_scale=logit_scale)
+    assert not stats.entropy.any()
+
+
+@pytest.mark.parametrize("n_classes", [1, 4, 60, 5000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_scale_that_takes_logits_beyond_their_dtype(dtype, sign, n_classes, isa):
+    logits = np.full((20, n_classes), sign * np.finfo(dtype).max)
+    loss, grad = crossent.cross_entropy_value_and_grad(
+        logits, np.zeros(20, int), logit_scale=100, reduction="none"
+    )
+    exact = np.full((20, n_classes), 100 / n_classes)
+    exact[:, 0] = 100 / n_classes - 100
+    np.testing.assert_allclose(grad, exact, rtol=8 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(loss, np.log(n_classes), rtol=8 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("n_classes", [3, 60, 5000])
+@pytest.mark.parametrize("width", [1e6, 1e37])
+def test_the_entropy_of_logits_far_apart_under_a_small_scale(n_classes, width, isa):
+    logits = np.linspace(-width, 0, n_classes, dtype=np.float32)[None]
+    scale = np.float32(3 / width)
+    found = crossent.cross_entropy_stats(logits, logit_scale=scale).entropy
+    exact = crossent.cross_entropy_stats(logits.astype(float), logit_scale=scale).entropy
+    np.testing.assert_allclose(found, exact, rtol=8 * 2.0**-23)
 
 
 @pytest.mark.parametrize("n_classes", [4, 60])  # one row a lane, and one row after the other

@@ -77,8 +77,8 @@ struct Work {
       job.loss = task == Task::kLoss ? loss.data() : nullptr;
       if (seed % 2) job.class_weight = class_weight.data();
       if (seed % 3 == 1) job.on = 0.9, job.off = 0.1 / static_cast<double>(classes);
-      if (seed % 5 == 1) job.z_loss = 1e-3;
-      if (seed % 5 == 2) job.softcap = 30;
+      if (seed % 7 == 1) job.z_loss = 1e-3;
+      if (seed % 7 == 2) job.softcap = 30;
     }
     if (task == Task::kStats) {
       job.logsumexp = lse.data();
@@ -113,8 +113,10 @@ constexpr Kind kKinds[] = {
 };
 constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64};
 constexpr Layout kLayouts[] = {Layout::kPlain, Layout::kStrided, Layout::kInner, Layout::kReversed};
-// Many short rows, rows of a few vectors, and one longer than a block and than a task.
-constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {3, 40000}};
+// Many short rows, rows of a few vectors and of a block, rows longer than a task, and rows that
+// more than three threads serve in parts. As many as no option's turn and no count of layouts
+// divides.
+constexpr int64_t kShapes[][2] = {{9000, 7}, {300, 333}, {40, 4000}, {3, 40000}, {3, 70000}};
 
 // Every kind of job; `turn` varies shapes and options over dtypes and layouts.
 std::vector<Work*> all_work(int turn) {
@@ -123,7 +125,7 @@ std::vector<Work*> all_work(int turn) {
   for (const Kind& kind : kKinds)
     for (const Dtype dtype : kDtypes)
       for (const Layout layout : kLayouts) {
-        const auto& shape = kShapes[seed % 3];
+        const auto& shape = kShapes[seed % 5];
         works.push_back(
             new Work(kind.task, kind.target, dtype, layout, shape[0], shape[1], seed++));
       }
@@ -149,9 +151,25 @@ int race(const std::vector<Work*>& works, const std::vector<std::string>& alone)
   return wrong;
 }
 
+// Rows in parts are over before parallel_for asks whether to stop, so each must be asked after.
+bool asked_after_each_row() {
+  const int64_t rows = 3;
+  Work work(Task::kSoftmax, Target::kNone, Dtype::kFloat32, Layout::kPlain, rows, 70000, 0);
+  set_num_threads(4);
+  int calls = 0;
+  const auto go_on = [](void* calls) { return ++*static_cast<int*>(calls) > 0; };
+  const auto stop = [](void*) { return false; };
+  return run(work.job, nullptr, go_on, &calls) == Outcome::kDone && calls >= rows &&
+         run(work.job, nullptr, stop, nullptr) == Outcome::kCancelled;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (!asked_after_each_row()) {
+    std::fprintf(stderr, "rows in parts do not ask whether to stop\n");
+    return 1;
+  }
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
   size_t jobs = 0;
   for (const std::string& isa : available_isas())

@@ -222,6 +222,22 @@ void check_poll_while_waiting() {
   }
 }
 
+// A body that would never end but for the wish to stop, on the calling thread and on a worker.
+void check_stop_wanted() {
+  CHECK(!crossent::stop_wanted());
+  const auto endless = [](int64_t) { await([] { return crossent::stop_wanted(); }); };
+  for (int threads : {1, 2}) {
+    set_num_threads(threads);
+    PollLog log;
+    log.stop_at = 2;
+    CHECK(!(threads == 1 ? parallel_for(1, endless, PollLog::poll, &log)
+                         : run_two_at_once(endless, PollLog::poll, &log)));
+    CHECK(log.calls == 2);
+    CHECK(!crossent::stop_wanted());
+    CHECK(parallel_for(100, [](int64_t) { CHECK(!crossent::stop_wanted()); }));
+  }
+}
+
 // A signal handler of Python's, run by the poll, may itself call the library.
 void check_call_from_poll() {
   set_num_threads(2);
@@ -435,6 +451,7 @@ int main(int argc, char** argv) {
   check_thread_limit();
   check_poll();
   check_poll_while_waiting();
+  check_stop_wanted();
   check_call_from_poll();
   check_rounding();
   check_signals();

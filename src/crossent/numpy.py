@@ -465,13 +465,14 @@ def cross_entropy_stats(
     found = call.backend.stats(call.view, call.viewed(plan))
     lse, logprob, entropy, argmax, rank = (a.reshape(plan.rows_shape) for a in found)
     dtype = call.compute_dtype
-    return RowStats(
-        lse.astype(dtype, copy=False),
-        logprob.astype(dtype, copy=False) if given else None,
-        entropy.astype(dtype, copy=False),
-        argmax,
-        rank if given else None,
-    )
+    with np.errstate(over="ignore"):  # too large for float32: infinite
+        return RowStats(
+            lse.astype(dtype, copy=False),
+            logprob.astype(dtype, copy=False) if given else None,
+            entropy.astype(dtype, copy=False),
+            argmax,
+            rank if given else None,
+        )
 
 
 def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:

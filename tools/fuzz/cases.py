@@ -20,8 +20,10 @@ FUNCTIONS = (
     ("softmax_jacobian", 3),
 )
 SMALL_V = (1, 2, 3, 5, 7, 8, 9, 10)
-TAIL_V = (15, 16, 17, 31, 32, 33, 47, 63, 65, 66, 127, 130, 250, 257)
-BLOCK_V = (2047, 2049, 4095, 4097, 4100, 8193)
+TAIL_V = (15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 65, 66, 127, 130, 250, 257)
+SHORT_V = (300, 511, 512, 513, 600, 1000, 1025, 2047, 2049, 4095, 4096)  # one block of floats
+BLOCK_V = (4097, 4100, 8193, 12289)
+PART_V = (65537, 66000, 70001)  # one such row is served in parts by several threads
 WRONG_NUMBERS = (float("nan"), float("inf"), -1.0, "0.1", None, True, 1j, [0.1], np.ones(2))
 
 
@@ -83,14 +85,20 @@ def _logits(case: Case) -> None:
     pairs = case.function in ("cross_entropy_hessian", "softmax_jacobian")
     kind = random.random()
     n_classes = random.choice(
-        SMALL_V if kind < 0.6 or pairs else TAIL_V if kind < 0.98 else BLOCK_V
-    )
+        SMALL_V if kind < 0.58 or pairs
+        else TAIL_V if kind < 0.95
+        else SHORT_V if kind < 0.985
+        else BLOCK_V if kind < 0.999
+        else PART_V
+    )  # fmt: skip
     if random.random() < 0.01:
         n_classes = 0
     ndim = random.choices((1, 2, 3, 4, 5), (10, 60, 18, 8, 4))[0]
     limit = 6 if n_classes < 12 else 3 if n_classes < 300 else 1
-    if ndim == 2 and random.random() < 0.2 and n_classes < 300 and not pairs:
-        limit = 40
+    if ndim in (2, 3) and random.random() < 0.2 and n_classes < 5000 and not pairs:
+        # Several tiles, several tasks; in three dimensions many columns, from an outer index on.
+        many = 200 if n_classes < 49 and random.random() < 0.3 else 40 if n_classes < 300 else 20
+        limit = many if ndim == 2 else 14 if n_classes < 49 else limit
     rows = [random.randint(1, limit) if ndim < 4 else random.randint(1, 2) for _ in range(ndim - 1)]
     if rows and random.random() < 0.03:
         rows[random.randrange(len(rows))] = 0
@@ -150,7 +158,9 @@ def _options(case: Case) -> None:
     if random.random() < 0.003:
         options["ignore_index"] = random.choice((2**63, -(2**63) - 1, 10**30))
         case.unsure = True
-    maybe("logit_scale", (1.0, 0.5, 2, 1 / 3, 1e-3, 100.0, np.float32(0.7)), (0, *WRONG_NUMBERS))
+    maybe(
+        "logit_scale", (1.0, 0.5, 2, 1 / 3, 1e-3, 1e-6, 100.0, np.float32(0.7)), (0, *WRONG_NUMBERS)
+    )
     wrong_caps = tuple(x for x in WRONG_NUMBERS if x is not None)
     if random.random() < 0.5:
         maybe("softcap", (None, 1.0, 30.0, 0.1, 1e3, np.array(5.0)), (0, *wrong_caps))

@@ -104,7 +104,9 @@ class Expected:
             size = pieces.sum(axis=-1)
             if plan.z_loss:
                 exact = exact + plan.z_loss * t.Q * t.lse**2
-                size = size + plan.z_loss * np.abs(t.Q) * largest_lse**2
+                # Σ|q|, not |Q|: each q is a rounded product, and q of both signs may cancel.
+                weight = np.abs(t.q).sum(axis=-1)
+                size = size + plan.z_loss * weight * largest_lse**2
             exact, size = t.r * exact, np.abs(t.r) * size
             tolerance = self._ulps * ulp(size, self.compute) + 2 * self._lean(t) * (
                 np.abs(t.r) * (np.abs(t.q).sum(axis=-1) + plan.z_loss * np.abs(t.Q) * largest_lse)
