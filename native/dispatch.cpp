@@ -291,6 +291,7 @@ TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int
       const int64_t t = target[scan.first_bad];
       if ((t < 0 || t >= n_classes) && t != skip) return scan;
     }
+    scan.first_bad = -1;  // another thread has put it right; the kernels look again
   }
   scan.kept = n - skipped;
   scan.weight_sum = static_cast<double>(scan.kept);
@@ -299,9 +300,14 @@ TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int
   scan.kept = 0;
   for (int64_t i = 0; i < n; i++) {
     const double s = row_weight ? row_weight[i] : 1.0;
-    if (target[i] == skip || s == 0) continue;
+    const int64_t t = __atomic_load_n(target + i, __ATOMIC_RELAXED);
+    if (t == skip || s == 0) continue;
+    if (t < 0 || t >= n_classes) {  // another thread has just written it
+      scan.first_bad = i;
+      return scan;
+    }
     scan.kept++;
-    total.add(static_cast<int>(i % Total::kLanes), class_weight ? s * class_weight[target[i]] : s);
+    total.add(static_cast<int>(i % Total::kLanes), class_weight ? s * class_weight[t] : s);
   }
   scan.weight_sum = total.value();
   return scan;
