@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
 #include "parallel.h"
 
@@ -95,6 +96,20 @@ struct Scratch {
 };
 thread_local Scratch thread_scratch;
 
+// A poll runs Python's signal handlers, and those may call us in the middle of a row: a run within
+// a run has scratch of its own, so that what the outer one holds stays.
+thread_local int runs_under_way = 0;
+struct OwnScratch {
+  OwnScratch() {
+    if (runs_under_way++ > 0) std::swap(mine.slots, thread_scratch.slots);
+  }
+  ~OwnScratch() {
+    if (--runs_under_way > 0) std::swap(mine.slots, thread_scratch.slots);
+  }
+  OwnScratch(const OwnScratch&) = delete;
+  Scratch mine;
+};
+
 // Work of about this many logits is worth handing to a thread.
 constexpr int64_t kTaskLogits = 32768;
 
@@ -175,6 +190,7 @@ class Run {
   }
 
   Outcome operator()() {
+    const OwnScratch scratch;
     const bool done = in_parts(job_, num_threads()) ? parts() : tasks();
     if (no_memory_) return Outcome::kOutOfMemory;
     if (!done) return Outcome::kCancelled;
