@@ -414,8 +414,10 @@ void finish_block(typename S::T* e, typename S::Type* out, int64_t n,
   }
   // Whole vectors from the first aligned one on. What is streamed is never touched again, which
   // would cost a cache miss: the entry is put among the others on the way.
-  const auto past = reinterpret_cast<uintptr_t>(out) % kBytes;
-  const int64_t head = past ? static_cast<int64_t>((kBytes - past) / sizeof(typename S::Type)) : 0;
+  // (A vector as it is stored: of a 16-bit dtype, half of kBytes. The head is less than L so.)
+  constexpr int64_t kStored = L * sizeof(typename S::Type);
+  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kStored);
+  const int64_t head = past ? (kStored - past) / int64_t{sizeof(typename S::Type)} : 0;
   const int64_t begin = head < n ? head : n, end = begin + (n - begin) / L * L;
   if (begin > 0) part(0, static_cast<int>(begin));
   const auto whole = [&](int64_t j, int64_t to) __attribute__((always_inline)) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
 #include "parallel.h"
 
@@ -43,7 +44,8 @@ const std::vector<Isa>& isas() {
     const auto has_v3 = [] {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-             __builtin_cpu_supports("popcnt");
+             __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("lzcnt");
     };
     const auto has_v4 = [&] {
 #if defined(CROSSENT_EMULATE_V4)
@@ -107,6 +109,20 @@ struct Scratch {
   ~Scratch() { trim(0); }
 };
 thread_local Scratch thread_scratch;
+
+// A poll runs Python's signal handlers, and those may call us in the middle of a row: a run within
+// a run has scratch of its own, so that what the outer one holds stays.
+thread_local int runs_under_way = 0;
+struct OwnScratch {
+  OwnScratch() {
+    if (runs_under_way++ > 0) std::swap(mine.slots, thread_scratch.slots);
+  }
+  ~OwnScratch() {
+    if (--runs_under_way > 0) std::swap(mine.slots, thread_scratch.slots);
+  }
+  OwnScratch(const OwnScratch&) = delete;
+  Scratch mine;
+};
 
 // Work of about this many logits is worth handing to a thread.
 constexpr int64_t kTaskLogits = 32768;
@@ -188,6 +204,7 @@ class Run {
   }
 
   Outcome operator()() {
+    const OwnScratch scratch;
     const bool done = in_parts(job_, num_threads()) ? parts() : tasks();
     if (no_memory_) return Outcome::kOutOfMemory;
     if (!done) return Outcome::kCancelled;
@@ -304,6 +321,7 @@ TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int
       const int64_t t = target[scan.first_bad];
       if ((t < 0 || t >= n_classes) && t != skip) return scan;
     }
+    scan.first_bad = -1;  // another thread has put it right; the kernels look again
   }
   scan.kept = n - skipped;
   scan.weight_sum = static_cast<double>(scan.kept);
@@ -312,9 +330,14 @@ TargetScan scan_targets(const int64_t* target, int64_t n, int64_t n_classes, int
   scan.kept = 0;
   for (int64_t i = 0; i < n; i++) {
     const double s = row_weight ? row_weight[i] : 1.0;
-    if (target[i] == skip || s == 0) continue;
+    const int64_t t = __atomic_load_n(target + i, __ATOMIC_RELAXED);
+    if (t == skip || s == 0) continue;
+    if (t < 0 || t >= n_classes) {  // another thread has just written it
+      scan.first_bad = i;
+      return scan;
+    }
     scan.kept++;
-    total.add(static_cast<int>(i % Total::kLanes), class_weight ? s * class_weight[target[i]] : s);
+    total.add(static_cast<int>(i % Total::kLanes), class_weight ? s * class_weight[t] : s);
   }
   scan.weight_sum = total.value();
   return scan;

@@ -133,8 +133,9 @@ class General {
   }
 
   void run(int64_t i) {
-    if (job_.dropped(i)) return leave_out(i);
-    const int64_t t = job_.kind == Target::kIndex ? job_.target[i] : -1;
+    int64_t t;
+    if (!job_.kept(i, &t)) return leave_out(i);
+    if (job_.kind != Target::kIndex) t = -1;
     read_row(job_.logits, i, rows_.z);
     fill(rows_.z, -kInfinity);
     if (job_.task == Task::kStats) count(i, t);

@@ -40,7 +40,7 @@ class Tiles {
         contiguous_(job.logits.contiguous_rows() && (!job.out.data || job.out.contiguous_rows())),
         dense_in_(dense(job.logits)),
         dense_out_(dense(job.out)),
-        streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kBytes == 0 &&
+        streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kStored == 0 &&
                  job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes),
         numbers_(job) {
     whole_ = L;
@@ -69,6 +69,7 @@ class Tiles {
  private:
   static constexpr int kTiles = 8;
   static constexpr int64_t kTileBytes = 16384;
+  static constexpr int kStored = L * sizeof(Type);  // bytes of a vector as it lies in memory
 
   struct Tile {
     int64_t begin;
@@ -87,8 +88,8 @@ class Tiles {
       const int64_t left = job_.logits.inner - i % job_.logits.inner;
       most = left < most ? left : most;
       // Vectors written past the caches must be aligned: the first tile ends where one is.
-      const auto past = reinterpret_cast<uintptr_t>(streams_ ? job_.out.row(i) : nullptr) % kBytes;
-      const int64_t whole = static_cast<int64_t>((kBytes - past) / sizeof(Type));
+      const auto past = reinterpret_cast<uintptr_t>(streams_ ? job_.out.row(i) : nullptr) % kStored;
+      const int64_t whole = static_cast<int64_t>((kStored - past) / sizeof(Type));
       most = past && whole < most ? whole : most;
     }
     return most < L ? static_cast<int>(most) : L;
@@ -299,7 +300,7 @@ class Tiles {
         auto* row = reinterpret_cast<Type*>(at[t] + j * job_.out.class_stride);
         const int rows = tiles_[t].rows;
         const F x = load(tiles_[t].e + j * L);
-        const bool aligned = reinterpret_cast<uintptr_t>(row) % kBytes == 0;
+        const bool aligned = reinterpret_cast<uintptr_t>(row) % kStored == 0;
         if (rows < L) {
           store_part<S>(row, rows, x);
         } else {

@@ -186,8 +186,9 @@ class Numbers {
     for (int k = 0; k < L; k++) kept[k] = ~0u;
     for (int k = 0; k < n; k++) {
       const int64_t row = i + k;
-      const bool keep = !job_.dropped(row);
-      const int64_t t = index_ && keep ? job_.target[row] : 0;
+      int64_t t;
+      const bool keep = job_.kept(row, &t);
+      if (!keep) t = 0;
       const double w = job_.class_weight && index_ ? job_.class_weight[t] : 1.0;
       target[k] = static_cast<uint32_t>(t);
       kept[k] = keep ? ~0u : 0;

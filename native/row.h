@@ -54,10 +54,11 @@ class Row {
   bool start(int64_t i, const Type* z, State* row) const {
     *row = {};
     row->i = i;
-    row->t = job_.kind == Target::kIndex && !job_.dropped(i) ? job_.target[i] : -1;
+    int64_t t;
+    row->t = job_.kept(i, &t) && job_.kind == Target::kIndex ? t : -1;
     row->r = row->u = row->w = 1;
     if (job_.task == Task::kLoss) {
-      row->w = job_.class_weight ? job_.class_weight[row->t] : 1.0;
+      row->w = job_.class_weight && row->t >= 0 ? job_.class_weight[row->t] : 1.0;
       row->r = job_.row_scale(i);
       row->u = row->r * job_.row_upstream(i);
     }

@@ -69,8 +69,14 @@ struct RowJob {
   bool* bad_target = nullptr;  // set by report_bad_target
 
   double* loss_of(int64_t i) const { return loss + (i - first_loss); }
-  // A target outside the classes that is not `skip` is reported, and its row dropped.
-  bool dropped(int64_t i) const;
+  // Is row i kept? Then *t is its class (kIndex; else 0). A target outside the classes that is not
+  // `skip` is reported, and its row dropped. The target is the caller's own memory, which another
+  // thread may be writing to: who needs the class takes it from here, where it has been checked.
+  bool kept(int64_t i, int64_t* t) const;
+  bool dropped(int64_t i) const {
+    int64_t t;
+    return !kept(i, &t);
+  }
   double row_scale(int64_t i) const { return (row_weight ? row_weight[i] : 1.0) / divisor; }
   double row_upstream(int64_t i) const { return upstream ? upstream[i] : upstream_all; }
 };
@@ -113,16 +119,18 @@ bool given_up();
 // Of an index target outside the classes.
 void report_bad_target(const RowJob& job);
 
-inline bool RowJob::dropped(int64_t i) const {
+inline bool RowJob::kept(int64_t i, int64_t* t) const {
+  *t = 0;
   if (kind == Target::kIndex) {
-    const int64_t t = target[i];
-    if (t == skip) return true;
-    if (static_cast<uint64_t>(t) >= static_cast<uint64_t>(logits.classes)) {
+    const int64_t given = __atomic_load_n(target + i, __ATOMIC_RELAXED);
+    if (given == skip) return false;
+    if (static_cast<uint64_t>(given) >= static_cast<uint64_t>(logits.classes)) {
       report_bad_target(*this);
-      return true;
+      return false;
     }
+    *t = given;
   }
-  return row_weight && row_weight[i] == 0;
+  return !row_weight || row_weight[i] != 0;
 }
 
 // What a dropped row comes to, but for `out`.

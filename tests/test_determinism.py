@@ -113,6 +113,33 @@ def test_contiguous_strided_and_misaligned(options, dtype, isa):
             assert everything(array, target, given) == wanted
 
 
+@pytest.mark.parametrize("n_classes", [40, 515, 4099, 5001])
+def test_an_output_past_the_caches_that_starts_anywhere(n_classes, dtype, isa):
+    """Few rows of the same are not: of any dtype, whatever lies before a row's first vector."""
+    n_rows = 2**22 // (n_classes * dtype.itemsize) + 64
+    logits, target, _ = problem(n_rows, n_classes, dtype)
+    few = range(0, n_rows, 64)
+    wanted = np.concatenate(
+        [
+            crossent.cross_entropy_value_and_grad(
+                logits[i : i + 64], target[i : i + 64], reduction="sum"
+            ).grad
+            for i in few
+        ]
+    )
+    place = np.empty(logits.size + 64, dtype)
+    for start in (0, 1, 9):
+        place[:] = 7
+        out = place[start : start + logits.size].reshape(logits.shape)
+        crossent.cross_entropy_value_and_grad(logits, target, reduction="sum", out=out)
+        assert out.tobytes() == wanted.tobytes(), start
+        assert (place[:start] == 7).all()
+        assert (place[start + logits.size :] == 7).all()
+        planes = place[start : start + logits.size].reshape(n_classes, n_rows).T
+        crossent.cross_entropy_value_and_grad(logits, target, reduction="sum", out=planes)
+        assert planes.tobytes() == wanted.tobytes(), start
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_out_given_or_not(shape, dtype):
     logits, target, _ = problem(*shape, dtype)

@@ -348,3 +348,72 @@ def test_importing_brings_numpy_and_nothing_heavier():
         print(sorted(name for name in third if not name.startswith("_")))
     """
     assert python(code)[0] == "['crossent']"
+
+
+def in_a_process(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("options", ["weight=np.ones(40)", "sample_weight=np.ones(4000)"])
+def test_a_target_that_another_thread_changes_ends_no_process(options):
+    """It may give an error or any numbers, but touches no foreign memory."""
+    done = in_a_process(f"""
+import threading, time
+import numpy as np
+import crossent
+
+good, bad = np.zeros(4000, np.int64), np.full(4000, 2**40)
+target, logits, stop = good.copy(), np.zeros((4000, 40), np.float32), False
+
+def change():
+    while not stop:
+        target[:] = bad
+        target[:] = good
+
+thread = threading.Thread(target=change)
+thread.start()
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        crossent.cross_entropy_value_and_grad(logits, target, {options})
+    except (IndexError, ValueError):
+        pass
+stop = True
+thread.join()
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_a_signal_handler_may_call_in_the_middle_of_a_row():
+    """A long row under a softcap asks for signals while its numbers are in scratch."""
+    done = in_a_process("""
+import signal
+import numpy as np
+import crossent
+
+crossent.set_num_threads(1)
+logits = np.zeros((1, 2**22 + 8), np.float16)
+logits[0, ::3] = 1
+small, target, calls = np.ones((64, 3000)), np.zeros(64, int), 0
+
+def handler(*_):
+    global calls
+    calls += 1
+    crossent.cross_entropy_value_and_grad(small, target, softcap=3.0)
+
+def long_call():
+    return crossent.cross_entropy_value_and_grad(logits, [5], softcap=30.0)
+
+wanted = long_call()
+signal.signal(signal.SIGALRM, handler)
+for k in range(6):
+    signal.setitimer(signal.ITIMER_REAL, 0.01 * (k + 1))
+    found = long_call()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert found.loss == wanted.loss and np.array_equal(found.grad, wanted.grad)
+assert calls > 0
+""")
+    assert done.returncode == 0, done.stderr

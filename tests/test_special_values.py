@@ -309,3 +309,13 @@ def test_a_masked_class_stays_at_0_under_a_huge_z_loss(isa, dtype, n_classes):
         logits, np.full(20, 2), z_loss=10, sample_weight=1
     )
     np.testing.assert_array_equal(grad, alone.grad)
+
+
+def test_no_floating_point_error_of_numpy_s():
+    """The numbers are the answer, whatever `numpy.errstate` and the warning filters say."""
+    sure = np.array([[100, 0]], np.float32)  # a loss of 4e-44
+    huge = np.array([[3e38, 0]], np.float32)
+    with np.errstate(all="raise"):
+        assert crossent.cross_entropy(sure, [0], reduction="none")[0] > 0
+        assert crossent.cross_entropy_stats(sure, [0]).target_logprob[0] < 0
+        assert crossent.cross_entropy_stats(huge, [1], logit_scale=10.0).logsumexp[0] == np.inf

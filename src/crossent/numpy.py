@@ -464,15 +464,13 @@ def cross_entropy_stats(
         raise errors.bad_target_dtype_for_stats(call.where, plan.target.dtype)
     found = call.backend.stats(call.view, call.viewed(plan))
     lse, logprob, entropy, argmax, rank = (a.reshape(plan.rows_shape) for a in found)
-    dtype = call.compute_dtype
-    with np.errstate(over="ignore"):  # too large for float32: infinite
-        return RowStats(
-            lse.astype(dtype, copy=False),
-            logprob.astype(dtype, copy=False) if given else None,
-            entropy.astype(dtype, copy=False),
-            argmax,
-            rank if given else None,
-        )
+    return RowStats(
+        call.rounded(lse),
+        call.rounded(logprob) if given else None,
+        call.rounded(entropy),
+        argmax,
+        rank if given else None,
+    )
 
 
 def _probabilities(where: str, input: ArrayLike, axis: int, *, log: bool) -> NDArray[Any]:
