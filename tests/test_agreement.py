@@ -275,9 +275,11 @@ def test_a_confident_row_in_every_block(n_classes, dtype, isa):
     target = target[target < n_classes]
     logits = rows_of(n_classes, len(target), dtype) / dtype.type(30)
     logits[np.arange(len(target)), target] = 60
-    found = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")
-    assert (np.asarray(found.loss) > 0).all()
-    Truth(logits, target, {"reduction": "none"}).check(found, dtype, "confident")
+    for options in ({}, {"label_smoothing": 0.1}):
+        given = {"reduction": "none"} | options
+        found = crossent.cross_entropy_value_and_grad(logits, target, **given)
+        assert (np.asarray(found.loss) > 0).all()
+        Truth(logits, target, given).check(found, dtype, f"confident, {options}")
 
 
 def test_blocks_of_minus_infinity(dtype, isa):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import crossent
-from crossent import reference
+from crossent import _native, reference
 from crossent.options import Options
 from crossent.rows import lower
 
@@ -173,6 +173,17 @@ def test_one_bad_target_among_many_rows(n_classes, bad, dtype, isa):
     for options in ({}, {"reduction": "none"}, {"sample_weight": 1}, {"sample_weight": 0}):
         with pytest.raises(IndexError, match=rf"target\[13\] is {bad}, "):
             crossent.cross_entropy(logits, target, **options)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32 + 1, -(2**40)])
+@pytest.mark.parametrize("n_classes", [4, V, 600, 5000])
+def test_a_target_that_turns_bad_after_it_was_looked_at(n_classes, bad, dtype, isa, monkeypatch):
+    monkeypatch.setattr(_native, "scan_targets", lambda target, *_: (-1, len(target), 1.0))
+    logits, target = rows_of(37, dtype, n_classes), np.zeros(37, int)
+    target[13] = bad
+    for options in ({}, {"reduction": "none"}, {"sample_weight": 1}):
+        with pytest.raises(ValueError, match="target out of range"):
+            crossent.cross_entropy_value_and_grad(logits, target, **options)
 
 
 @pytest.mark.parametrize("n_rows", [1, 5, 8, 16, 37])
