@@ -139,8 +139,7 @@ class General {
     read_row(job_.logits, i, rows_.z);
     fill(rows_.z, -kInfinity);
     if (job_.task == Task::kStats) count(i, t);
-    cap();
-    if (stops()) return;
+    if (!cap()) return;
     exponentials();
     if (job_.task == Task::kStats) return stats(i, t);
     if (stops()) return;
@@ -193,26 +192,35 @@ class General {
   }
 
   // z = cap * tanh(scale v / cap); slope is dz/dv / scale and bend d2z/dv2 / scale^2.
-  void cap() {
+  // False: stopped in the middle.
+  bool cap() {
     scale_ = job_.logit_scale;
-    if (job_.softcap == 0) return;
+    if (job_.softcap == 0) return true;
+    for (int64_t j = 0; j < padded_; j += kPiece) {
+      cap(j, j + kPiece < padded_ ? j + kPiece : padded_);
+      if (stops()) return false;
+    }
+    scale_ = 1;
+    return true;
+  }
+
+  void cap(int64_t begin, int64_t end) {
     const double cap = job_.softcap;
     // tanh and its slope are flat long before kFlat; past it the product could overflow and pass
     // for an infinite logit.
     const D flat = splat(kFlat);
-    for (int64_t j = 0; j < padded_; j += L) {
+    for (int64_t j = begin; j < end; j += L) {
       const D x = load(rows_.z + j) * scale_ / cap;
       store(rows_.low + j, select(x > flat, flat, select(x < -flat, -flat, x)));
     }
-    tanh_row(rows_.low, rows_.e, rows_.slope, padded_);
-    for (int64_t j = 0; j < padded_; j += L) {
+    tanh_row(rows_.low + begin, rows_.e + begin, rows_.slope + begin, end - begin);
+    for (int64_t j = begin; j < end; j += L) {
       const D v = load(rows_.z + j), t = load(rows_.e + j), s = load(rows_.slope + j);
       const auto infinite = (v - v) != 0;  // an infinite v stays infinite, NaN stays NaN
       store(rows_.z + j, select(infinite, v, cap * t));
       store(rows_.slope + j, select(infinite, D{}, s));
       store(rows_.bend + j, select(infinite, D{}, -2 * t * s / cap));
     }
-    scale_ = 1;
   }
 
   void exponentials() {
@@ -358,7 +366,7 @@ class General {
     }
   }
 
-  static constexpr int64_t kLong = 1 << 22;
+  static constexpr int64_t kLong = 1 << 22, kPiece = 1 << 20;
   static constexpr double kFlat = 1000;
   // e is held times 2^kBias, out of reach of subnormals.
   static constexpr int kBias = 64;

@@ -117,7 +117,8 @@ void check(Dtype dtype, Task task, Target kind, int64_t classes, double size, Ve
   job.distribution = desired.view;
   job.skip = -100;
   if (task == Task::kLoss) job.loss = loss.data();
-  if (run(job, nullptr, nullptr, nullptr) != Outcome::kDone) return verdict.see("not done", -1, 1, 0, 0);
+  if (run(job, nullptr, nullptr, nullptr) != Outcome::kDone)
+    return verdict.see("not done", -1, 1, 0, 0);
 
   const bool index = kind == Target::kIndex;
   const int ulps = kind == Target::kDistribution ? 8 : 4;
