@@ -283,9 +283,11 @@ class General {
         q[t] += on;
         break;
       case Target::kSparse:
-        for (int64_t j = 0; j < V_; j++) q[j] = off;
+        // Repeated ids add before anything is rounded: they may cancel.
+        for (int64_t j = 0; j < V_; j++) q[j] = 0;
         for (int64_t k = i * job_.n_ids; k < (i + 1) * job_.n_ids; k++)
-          if (job_.target[k] >= 0) q[job_.target[k]] += on * job_.target_prob[k];
+          if (job_.target[k] >= 0) q[job_.target[k]] += job_.target_prob[k];
+        for (int64_t j = 0; j < V_; j++) q[j] = off == 0 ? on * q[j] : on * q[j] + off;
         break;
       case Target::kNone:
         for (int64_t j = 0; j < V_; j++) q[j] = 0;

@@ -319,3 +319,20 @@ def test_no_floating_point_error_of_numpy_s():
         assert crossent.cross_entropy(sure, [0], reduction="none")[0] > 0
         assert crossent.cross_entropy_stats(sure, [0]).target_logprob[0] < 0
         assert crossent.cross_entropy_stats(huge, [1], logit_scale=10.0).logsumexp[0] == np.inf
+
+
+def test_repeated_ids_that_cancel(isa):
+    """What cancels does so before smoothing and weights round it."""
+    logits = np.array([[3.0, -2e4, 1.0]])
+    options = {"label_smoothing": 0.1, "weight": [1.1, 0.7, 0.3]}
+    prob = np.array([[0.3, 512.7, 0.4, -512.7]])
+    got = crossent.cross_entropy(logits, [[0, 1, 2, 1]], target_prob=prob, **options)
+    wanted = crossent.cross_entropy(logits, [[0, 2]], target_prob=[[0.3, 0.4]], **options)
+    assert got == wanted
+
+
+def test_the_hessian_of_a_z_loss_beyond_float32():
+    hessian = crossent.cross_entropy_hessian(np.float32([[7.0]]), [0], z_loss=1e38)
+    assert hessian.dtype == np.float32
+    # d2/dz2 of z + c z^2 less z: 2 c, for one class.
+    np.testing.assert_allclose(hessian, [[[2e38]]], rtol=1e-6)

@@ -381,8 +381,10 @@ softcap, reduction, divisor, target_prob, axis
         ),
     )
     n_classes = plan.n_classes
-    hessian = np.asarray(reference.hessian(call.logits.astype(call.compute_dtype), plan))
-    return hessian.reshape((*plan.rows_shape, n_classes, n_classes))
+    # In float64 whatever the dtype: what a plain formula multiplies may leave float32's range.
+    with np.errstate(under="ignore"):
+        hessian = np.asarray(reference.hessian(call.logits.astype(np.float64), plan))
+    return call.rounded(hessian).reshape((*plan.rows_shape, n_classes, n_classes))
 
 
 def softmax_jacobian(input: ArrayLike) -> NDArray[Any]:
