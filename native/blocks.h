@@ -40,6 +40,7 @@ struct Block {
   T origin, max;
   int reference;      // e = exp(scale (z - origin)) 2^(K - reference)
   double factor;      // from the block's reference to the row's
+  double lift;        // times this: below 1 where factor alone would underflow
   double excluded_e;  // e of the entry left out of the mass
   double sum;         // of z - origin, for smoothing; of e (max - z), for the entropy
   int64_t above;      // how many are above the target, for its rank
@@ -307,8 +308,10 @@ void read_block(const T* z, T* e, int64_t n, int64_t excluded, double scale, int
   }
 }
 
-// exp(scale (a - b) + k ln 2) for origins a and b.
-inline double between(double a, double b, int k, double scale) {
+// exp(scale (a - b) + k ln 2) for origins a and b is what this returns times lift.
+inline double between(double a, double b, int k, double scale, double* lift) {
+  *lift = 1;
+  if (scale * (a - b) * kLog2E + k < -900) k += 900, *lift = 0x1p-900;
   if (a == b) return k == 0 ? 1.0 : std::ldexp(1.0, k < -4000 ? -4000 : k);
   const double d = a - b, h = scale * d;
   if (!(h > -4000 && h < 4000)) return h > 0 ? kInfinity : 0.0 * (h != h ? h : 1.0);
@@ -345,9 +348,10 @@ RowSums<T> join_blocks(Block<T>* blocks, int64_t n_blocks, double scale) {
     // A block of -inf alone counts nothing; its floor (exp.h, c) must not count either.
     const bool empty = block.max == -kInfinity && block.mass.hi == block.mass.hi;
     block.factor =
-        empty ? 0.0 : between(block.origin, top.origin, block.reference - top.reference, scale);
-    row.mass.add(block.mass.scaled(block.factor));
-    row.excluded_e += block.excluded_e * block.factor;
+        between(block.origin, top.origin, block.reference - top.reference, scale, &block.lift);
+    if (empty) block.factor = 0;
+    row.mass.add(block.mass.scaled(block.factor).scaled(block.lift));
+    row.excluded_e += block.excluded_e * block.factor * block.lift;
   }
   if (row.m == -kInfinity) row.mass.hi = __builtin_nan("");
   if (!(row.mass.hi - row.mass.hi == 0)) row.mass.lo = 0;
@@ -372,13 +376,14 @@ struct Finish {
   double value = 0;
 
   Finish() = default;
-  Finish(double coefficient, Word sum, double factor, double offset_) {
+  Finish(double coefficient, Word sum, double factor, double lift, double offset_) {
     // The factor's power of two goes to the scratch, where it cannot make the quotient subnormal.
     const int k = factor > 0 && factor < 0.25 ? exponent(factor) : 0;
-    if (k < 0) {
-      const int half = k / 2;
+    const int all = k + (lift < 1 ? exponent(lift) : 0);
+    if (all < 0) {
+      const int half = all / 2;
       far1 = static_cast<T>(std::ldexp(1.0, half));
-      far2 = static_cast<T>(std::ldexp(1.0, k - half));
+      far2 = static_cast<T>(std::ldexp(1.0, all - half));
       factor = std::ldexp(factor, -k);
     }
     coefficient *= factor;

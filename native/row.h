@@ -108,7 +108,8 @@ class Row {
     if (leaves_max_) {
       // All maxima but the row's come back.
       for (int64_t b = 0; b < n_blocks_; b++)
-        if (b != sums.top) sums.mass.add(blocks_[b].excluded_e * blocks_[b].factor);
+        if (b != sums.top)
+          sums.mass.add(blocks_[b].excluded_e * blocks_[b].factor * blocks_[b].lift);
       sums.excluded_e = blocks_[sums.top].excluded_e;
       row.m = sums.m;
       row.log_all = std::log1p(sums.mass.value() / max_e(blocks_[sums.top], scale, row.bias));
@@ -134,7 +135,7 @@ class Row {
         read_block(widened(z + begin, n), e, n, -1, job_.logit_scale, row.bias, block,
                    reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
       }
-      Finish<T> f(row.coefficient, row.all, blocks_[b].factor, row.offset);
+      Finish<T> f(row.coefficient, row.all, blocks_[b].factor, blocks_[b].lift, row.offset);
       if (row.t >= begin && row.t < begin + n) f.at = row.t - begin, f.value = row.value;
       finish_block<S>(e, out + begin, n, f, streams_);
     }
@@ -172,17 +173,21 @@ class Row {
       double loss = row.w == 0 ? lse : nll;
       if (smooth) loss = (job_.on == 0 ? 0 : job_.on * nll) + job_.off * spread(sums, top);
       if (z_loss != 0) loss += q * z_loss * lse * lse;
-      *job_.loss_of(row.i) = row.r * row.w * loss;
+      const double scaled = row.r * row.w * loss;
+      // log1p(x) is x long before x is subnormal.
+      const bool tiny = loss < 0x1p-900 && loss == top && row.w != 0;
+      *job_.loss_of(row.i) = tiny ? row.r * row.w * u_mass / e_t : scaled;
     }
     const double coefficient = row.u * row.w * scale;
     const double others = smooth ? (V_ - 1) * job_.off : 0;  // the q beside the target's
-    const double p_t = e_t / s;
-    double at_target = -q_t * (u_mass / s);
-    if (smooth || z_loss != 0) at_target += p_t * others + more * q * p_t;
+    // (The scale before the shares: a share alone may be subnormal.)
+    const double share = coefficient / s;
+    double value = -q_t * u_mass * share;
+    if (smooth || z_loss != 0) value += e_t * share * (others + more * q);
     row.all = all;
     row.coefficient = coefficient * (q + q * more);
     row.offset = coefficient * job_.off;
-    row.value = coefficient * at_target;
+    row.value = value;
     return true;
   }
 
@@ -202,7 +207,8 @@ class Row {
     for (int64_t b = 0; b < n_blocks_; b++) {
       const Block<T>& block = blocks_[b];
       const double mass = block.mass.value() + block.excluded_e;
-      if (block.factor != 0) below += block.factor * (block.sum + (sums.m - block.max) * mass);
+      if (block.factor != 0)
+        below += block.lift * block.factor * (block.sum + (sums.m - block.max) * mass);
       above += block.above;
     }
     job_.logsumexp[row.i] = none ? kNaN : scale * row.m + row.log_all;

@@ -1,5 +1,6 @@
 """NaN, infinities, masks and dropped rows: each row of the design page's table of bad input."""
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -336,3 +337,27 @@ def test_the_hessian_of_a_z_loss_beyond_float32():
     assert hessian.dtype == np.float32
     # d2/dz2 of z + c z^2 less z: 2 c, for one class.
     np.testing.assert_allclose(hessian, [[[2e38]]], rtol=1e-6)
+
+
+def test_a_block_far_below_counts_while_it_can_show(isa):
+    """exp of the distance between two blocks leaves float64; what it is multiplied by does not."""
+    for low in (-750.0, -1100.0):
+        logits = np.full((1, 4096), low)
+        logits[0, 5] = 0
+        for offset in (0, 2000):
+            grad = crossent.cross_entropy_value_and_grad(
+                logits + offset, [5], reduction="sum", grad_output=1e180
+            ).grad
+            exact = float(mpmath.exp(low) * mpmath.mpf(1e180))
+            np.testing.assert_allclose(np.delete(grad[0], 5), exact, rtol=1e-15)
+            np.testing.assert_allclose(grad[0, 5], -4095 * exact, rtol=1e-15)
+            loss = crossent.cross_entropy(
+                logits + offset, [5], reduction="sum", sample_weight=[1e180]
+            )
+            np.testing.assert_allclose(loss, 4095 * exact, rtol=1e-15)
+    logits = np.full((1, 4096), -750.0)
+    logits[0, 5] = 0
+    np.testing.assert_array_equal(
+        crossent.log_softmax(logits)[0, 5],
+        -4095 * 2.0**-537 * float(mpmath.exp(-750) * mpmath.mpf(2) ** 537),
+    )
