@@ -287,7 +287,7 @@ class General {
         for (int64_t j = 0; j < V_; j++) q[j] = 0;
         for (int64_t k = i * job_.n_ids; k < (i + 1) * job_.n_ids; k++)
           if (job_.target[k] >= 0) q[job_.target[k]] += job_.target_prob[k];
-        for (int64_t j = 0; j < V_; j++) q[j] = off == 0 ? on * q[j] : on * q[j] + off;
+        for (int64_t j = 0; j < V_; j++) q[j] = q[j] * on + off;
         break;
       case Target::kNone:
         for (int64_t j = 0; j < V_; j++) q[j] = 0;
