@@ -8,11 +8,11 @@
 //   b. The caller asks for exp(d) * 2^shift. The shift is folded into the number that makes n, and
 //      2^(n + shift) is built in the exponent field and multiplied in: unlike an addition to the
 //      exponent this leaves a NaN of any payload NaN.
+//   c. d is clamped from below so that the exponent stays in range; exp is never below the floor
+//      there. What the clamp keeps off zero is at least 2^-30 below anything a result can show
+//      (rows.cpp).
 //   d. One exp is a chain of some fifty cycles, more than a core looks ahead in code this dense: so
 //      several vectors are worked on in turn, step by step (0.42 to 0.34 ns a float on Zen 3).
-//   c. d is clamped from below so that the exponent stays in range; exp is never below kFloor
-//   there.
-//      What the clamp keeps off zero is at least 2^-30 below anything a result can show (rows.cpp).
 #pragma once
 
 #include "simd.h"

@@ -2,13 +2,12 @@
 //
 // Design:
 //   a. A tile holds L rows as (V, L) floats in scratch: transposed in registers where the classes
-//   are
-//      contiguous, loaded as they lie where neighbouring rows are. Every step of rows.cpp then is
-//      one vector instruction for L rows, the logarithm too, and no sum runs across lanes.
+//      are contiguous, loaded as they lie where neighbouring rows are. Every step of rows.cpp then
+//      is one vector instruction for L rows, the logarithm too, and no sum runs across lanes.
 //   b. Same numbers as rows.cpp: integer references, the target left out of the mass, the same K.
-//   Only
-//      for float (and the 16-bit dtypes, computed in it); sums and row numbers are double.
-//   c. Which rows come here depends on shapes and strides alone, so a row's bits do too.
+//      Only for float (and the 16-bit dtypes, computed in it); sums and row numbers are double.
+//   c. Which rows come here depends on the number of classes and the dtype alone (lane_rows), so
+//      that no layout changes a bit.
 #include <cmath>
 #include <type_traits>
 

@@ -16,7 +16,7 @@ if tuple(map(int, threadpoolctl.__version__.split(".")[:2])) < (3, 5):
     )
 
 
-class CrossentController(threadpoolctl.LibController):  # type: ignore[misc]
+class CrossentController(threadpoolctl.LibController):  # type: ignore[misc]  # untyped base
     """Reads and sets the one pool of this process, by the native module's C symbols."""
 
     user_api = "crossent"

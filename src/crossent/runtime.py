@@ -83,7 +83,7 @@ def register_threadpoolctl() -> None:
     ...     get_num_threads()
     1
     """
-    from crossent import _threadpoolctl  # noqa: F401
+    from crossent import _threadpoolctl  # noqa: F401  (importing it registers)
 
 
 def register_with_loaded_threadpoolctl() -> None:
