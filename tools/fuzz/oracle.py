@@ -267,7 +267,9 @@ class Expected:
     def _grad_z(self, t: Any) -> tuple[Any, Any]:
         """A row's gradient in z, and the largest of what is subtracted in it."""
         a, b = t.p * t.others_q, t.q * t.others_p
-        exact, size = a - b, np.maximum(np.abs(a), np.abs(b))
+        # |q| for q, as the promise says: weights of both signs cancel in a sum of rounded numbers.
+        size = np.maximum(np.abs(t.p) * reference.sum_of_others(np.abs(t.q)), np.abs(b))
+        exact = a - b
         if self.plan.z_loss:
             lse = (np.abs(t.lse - t.log_sum) + t.log_sum)[:, None]
             q = np.abs(t.q).sum(axis=-1, keepdims=True)
@@ -289,7 +291,9 @@ class Expected:
         # Products of gradual underflow: p, u·r and their like are rounded to float64's last unit.
         below = ulp(Wide(0), "float64") * (1 + np.abs(u) * (self.plan.logit_scale + 1))
         room = room + below * (1 + np.abs(t.q).sum(axis=-1, keepdims=True))
-        room = np.where((size == 0) | ~np.isfinite(room), 0, room)
+        # Past 2^-16445 the last bits are the extended precision's own, here in `exact` or in `size`.
+        nothing = (size == 0) & (exact == 0)
+        room = np.where(nothing | ~np.isfinite(room), 0, room)
         if self.plan.softcap:  # E is never below 2^-1021 (exp.h)
             floor = Wide(2) ** -1018 * np.abs(u) * self.plan.logit_scale * np.abs(in_z)
             room = room + np.nan_to_num(floor)
