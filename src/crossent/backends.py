@@ -129,3 +129,8 @@ _BY_DTYPE = {np.dtype(name): _BY_NAME[name] for name in ("float64", "float32", "
 def backend_for(dtype: np.dtype[Any]) -> Backend:
     """Return the backend of NumPy arrays of `dtype`."""
     return _BY_DTYPE.get(dtype) or _BY_NAME[dtype.name]
+
+
+def backend_named(dtype: str) -> Backend:
+    """Return the CPU's backend of the dtype of this name; its bfloat16 may come as uint16."""
+    return _BY_NAME[dtype]

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from crossent import options as errors
 from crossent import rows
-from crossent.backends import backend_for
+from crossent.backends import Backend, backend_for
 from crossent.options import Options
 from crossent.rows import RowPlan
 
@@ -46,9 +46,14 @@ def as_logits(where: str, name: str, value: ArrayLike) -> NDArray[Any]:
 class Call:
     """One call's logits, seen as kernels do: ``(outer, V, inner)`` around the class axis."""
 
-    def __init__(self, where: str, input: ArrayLike, axis: int) -> None:
+    def __init__(self, where: str, input: Any, axis: int, backend: Backend | None = None) -> None:
+        """Convert `input`, or take it as it is for the `backend` that reads it."""
         self.where = where
-        self.logits = logits = as_logits(where, "input", input)
+        if backend is None:
+            input = as_logits(where, "input", input)
+            backend = backend_for(input.dtype)
+        logits: NDArray[Any] = input
+        self.logits = logits
         shape = logits.shape
         ndim = len(shape)
         if ndim == 0:
@@ -62,10 +67,9 @@ class Call:
         self.axis = axis = axis % ndim
         if shape[axis] == 0:
             raise errors.no_classes(where, shape, axis)
-        dtype = logits.dtype
         self.shape = shape
-        self.backend = backend_for(dtype)
-        self.compute_dtype = _FLOAT64 if dtype.char == "d" else _FLOAT32
+        self.backend = backend
+        self.compute_dtype = _FLOAT64 if logits.dtype.char == "d" else _FLOAT32
         self.view = self.seen(logits)
 
     def seen(self, array: NDArray[Any]) -> NDArray[Any]:

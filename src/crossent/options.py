@@ -327,3 +327,33 @@ def bad_threads(where: str, value: object) -> ValueError | TypeError:
 def bad_environment(name: str, value: str, expected: str) -> str:
     """Text of the warning about an environment variable that is passed over."""
     return f"crossent: {name}={value!r} is passed over: expected {expected}"
+
+
+# Tensors ------------------------------------------------------------------------------------------
+
+
+def not_a_tensor(where: str, name: str, value: object) -> TypeError:
+    """Something that the PyTorch front end wants as a tensor."""
+    return TypeError(
+        f"{where}: {name} must be a tensor, got {_describe(value)}; use torch.as_tensor({name})"
+    )
+
+
+def other_device(where: str, name: str, got: object, expected: object) -> ValueError:
+    """A tensor that does not lie where the logits do."""
+    return ValueError(
+        f"{where}: {name} must be on {expected}, as input is, got a tensor on {got}; "
+        f"use {name}.to(input.device)"
+    )
+
+
+def no_gradient(where: str, name: str) -> ValueError:
+    """An option that requires a gradient and would not get one."""
+    instead = {
+        "logit_scale": "multiply input by it instead",
+        "divisor": "divide the loss by it, with reduction='sum', instead",
+        "z_loss": "add it times cross_entropy_stats(...).logsumexp squared instead",
+    }.get(name, f"pass {name}.detach()")
+    return ValueError(
+        f"{where}: {name} requires a gradient, but the loss is not differentiable in it; {instead}"
+    )

@@ -291,7 +291,7 @@ class Expected:
         # Products of gradual underflow: p, u·r and their like are rounded to float64's last unit.
         below = ulp(Wide(0), "float64") * (1 + np.abs(u) * (self.plan.logit_scale + 1))
         room = room + below * (1 + np.abs(t.q).sum(axis=-1, keepdims=True))
-        # Past 2^-16445 the last bits are the extended precision's own, here in `exact` or in `size`.
+        # Below 2^-16445 extended precision rounds as well, in `exact` or in `size`.
         nothing = (size == 0) & (exact == 0)
         room = np.where(nothing | ~np.isfinite(room), 0, room)
         if self.plan.softcap:  # E is never below 2^-1021 (exp.h)
