@@ -246,10 +246,12 @@ def cross_entropy_stats(
 
 def _check(where: str, input: Tensor, target: Tensor | None) -> None:
     """Raise for what is no tensor of logits, as PyTorch does, or no target."""
-    if not isinstance(input, Tensor) or input.dtype not in BACKENDS:
-        if not isinstance(input, Tensor) or not input.is_floating_point():
-            functional.log_softmax(input, -1)  # which has an error of its own for these
-        raise errors.bad_input_dtype(where, "input", getattr(input, "dtype", type(input)))
+    if not isinstance(input, Tensor):
+        raise errors.not_a_tensor(where, "input", input)
+    if input.dtype not in BACKENDS:
+        if not input.is_floating_point():
+            functional.log_softmax(input, -1)  # PyTorch's own error
+        raise errors.bad_input_dtype(where, "input", input.dtype)
     if target is not None:
         if not isinstance(target, Tensor):
             raise errors.not_a_tensor(where, "target", target)
