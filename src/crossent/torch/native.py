@@ -5,7 +5,9 @@ Design:
      which `loss.backward()` makes it: the logits are read once. The first backward gives that
      gradient away; another upstream gradient, or a second backward, computes it again, so that
      nothing anyone does to a returned gradient is seen by the next, and an upstream gradient
-     multiplies before anything is rounded.
+     multiplies before anything is rounded. Whoever scales the loss (a gradient scaler, accumulation
+     over micro-batches) does so at every step: after an upstream gradient that is not 1 the forward
+     pass makes none, until one is 1 again. This changes what is computed when, not what comes out.
   b. Gradient's own backward is the native Hessian-vector product. What asks for more (a third
      derivative, a backward under vmap or forward mode) is answered by `formulas.py`.
   c. `save_for_backward` holds logits and target, so that PyTorch notices when they were changed in
@@ -104,10 +106,12 @@ def along_gradient(
 class Loss(torch.autograd.Function):
     """The loss; differentiable in the logits."""
 
+    upstream_was_one = True
+
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, call: Call, plan: RowPlan) -> Tensor:
         ctx.ready = out = None
-        if plan.reduction != "none" and not _saving_is_watched():
+        if Loss.upstream_was_one and plan.reduction != "none" and not _saving_is_watched():
             ctx.ready, out = new_like(input, call)
         found = call.backend.cross_entropy(call.view, call.viewed(plan), None, out)
         ctx.save_for_backward(input, target)
@@ -124,8 +128,10 @@ class Loss(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = Gradient.apply(input, grad_output, target, ctx.where, ctx.plan)
             return found, None, None, None
-        if ready is not None and grad_output.item() == 1.0:
-            return ready, None, None, None
+        if ctx.plan.reduction != "none":
+            Loss.upstream_was_one = grad_output.item() == 1.0
+            if ready is not None and Loss.upstream_was_one:
+                return ready, None, None, None
         found = gradient(ctx.where, input, target, ctx.plan, grad_output)
         return found, None, None, None
 

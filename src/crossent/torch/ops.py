@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossent.options import Options
-from crossent.torch import native
+from crossent.torch import formulas, native
 from crossent.torch.tensors import COMPUTE_DTYPE
 
 WHERE = "cross_entropy"
@@ -58,10 +58,10 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options, dim: int) -> 
     return found
 
 
-def _planned(input: Tensor, target: Tensor, given: tuple[Any, ...]) -> Any:
+def _options(given: tuple[Any, ...]) -> Options:
     weight, sample_weight, target_prob, ignore, smoothing, z_loss, scale, cap, *rest = given
-    reduction, divisor, dim = rest
-    options = Options(
+    reduction, divisor, _ = rest
+    return Options(
         weight,
         sample_weight,
         ignore,
@@ -73,7 +73,10 @@ def _planned(input: Tensor, target: Tensor, given: tuple[Any, ...]) -> Any:
         divisor,
         target_prob,
     )
-    return native.planned(WHERE, input, target, options, dim)
+
+
+def _planned(input: Tensor, target: Tensor, given: tuple[Any, ...]) -> Any:
+    return native.planned(WHERE, input, target, _options(given), given[-1])
 
 
 def _cross_entropy(input: Tensor, target: Tensor, *given: Any) -> Tensor:
@@ -99,7 +102,7 @@ def _fake_loss(input: Tensor, target: Tensor, *given: Any) -> Tensor:
     return input.new_empty(rows if reduction == "none" else (), dtype=COMPUTE_DTYPE[input.dtype])
 
 
-def _fake_like(input: Tensor) -> Tensor:
+def _like(input: Tensor) -> Tensor:
     """Allocate as `native` does: in the order of channels-last logits, else in C order."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if last is not None and input.is_contiguous(memory_format=last):
@@ -108,18 +111,46 @@ def _fake_like(input: Tensor) -> Tensor:
 
 
 def _fake_grad(input: Tensor, grad_output: Tensor, target: Tensor, *given: Any) -> Tensor:
-    return _fake_like(input)
+    return _like(input)
 
 
 def _fake_hvp(
     input: Tensor, grad_output: Tensor, vector: Tensor, target: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor]:
-    return _fake_like(input), torch.empty_like(grad_output)
+    return _like(input), torch.empty_like(grad_output)
 
 
-_library.impl("cross_entropy", _cross_entropy, "CPU")
-_library.impl("cross_entropy_grad", _grad, "CPU")
-_library.impl("cross_entropy_hvp", _hvp, "CPU")
+# Elsewhere, where an exported graph may be taken: plain operations of the same meaning.
+
+
+def _plan(input: Tensor, target: Tensor, given: tuple[Any, ...]) -> formulas.Plan:
+    return formulas.lower(WHERE, input, target, _options(given), given[-1])
+
+
+def _loss_elsewhere(input: Tensor, target: Tensor, *given: Any) -> Tensor:
+    return formulas.loss(input, _plan(input, target, given))
+
+
+def _grad_elsewhere(input: Tensor, grad_output: Tensor, target: Tensor, *given: Any) -> Tensor:
+    found = formulas.gradient(input, _plan(input, target, given), grad_output)
+    return _like(input).copy_(found)
+
+
+def _hvp_elsewhere(
+    input: Tensor, grad_output: Tensor, vector: Tensor, target: Tensor, *given: Any
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(input, target, given)
+    found = formulas.hvp(input, plan, grad_output, vector)
+    return _like(input).copy_(found), formulas.along_gradient(input, plan, vector)
+
+
+for _name, _here, _elsewhere in (
+    ("cross_entropy", _cross_entropy, _loss_elsewhere),
+    ("cross_entropy_grad", _grad, _grad_elsewhere),
+    ("cross_entropy_hvp", _hvp, _hvp_elsewhere),
+):
+    _library.impl(_name, _here, "CPU")
+    _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
 torch.library.register_fake("crossent::cross_entropy", _fake_loss, lib=_library)
 torch.library.register_fake("crossent::cross_entropy_grad", _fake_grad, lib=_library)
 torch.library.register_fake("crossent::cross_entropy_hvp", _fake_hvp, lib=_library)
