@@ -272,7 +272,7 @@ def _row(input: Tensor, plan: Plan) -> _Row:
         v = v + torch.where(plan.bad, math.nan, 0.0).to(v.dtype)[:, None]
     z = v * plan.logit_scale
     if plan.softcap:
-        z = torch.where(v.isinf(), v, plan.softcap * (z / plan.softcap).tanh())
+        z = torch.where(v.isinf(), v, _capped(z, plan.softcap))
     top = v.detach().argmax(dim=-1, keepdim=True)
     largest = z.gather(1, top)
     if plan.softcap:
@@ -289,6 +289,13 @@ def _row(input: Tensor, plan: Plan) -> _Row:
     beside = e.sum(dim=-1) + (largest - largest).squeeze(1)
     log_sum = beside.log1p()
     return _Row(v, top, gap, e, beside, log_sum, largest.squeeze(1) + log_sum)
+
+
+def _capped(z: Tensor, cap: float) -> Tensor:
+    """Return κ·tanh(z/κ); its derivative, 1 − tanh² to PyTorch, would cancel where tanh is near 1."""
+    x = z / cap
+    w = (x.abs() * -2).exp()
+    return cap * torch.where(x.abs() < 0.5, x.tanh(), x.sign() * ((1 - w) / (1 + w)))
 
 
 def _difference(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
