@@ -168,9 +168,14 @@ def as_array(where: str, name: str, value: Any) -> NDArray[Any]:
     return array
 
 
+def dtype_name(dtype: object) -> str:
+    """Name a dtype of any framework as NumPy does."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _describe(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+        return f"an array of shape {tuple(value.shape)} and dtype {dtype_name(value.dtype)}"
     return f"{value!r} ({type(value).__name__})"
 
 
@@ -180,7 +185,8 @@ def _describe(value: object) -> str:
 def bad_input_dtype(where: str, name: str, dtype: object) -> TypeError:
     """Logits (or a vector like them) whose dtype no kernel computes."""
     return TypeError(
-        f"{where}: {name} must be float64, float32, float16, bfloat16 or integers, got {dtype}; "
+        f"{where}: {name} must be float64, float32, float16, bfloat16 or integers, "
+        f"got {dtype_name(dtype)}; "
         f"convert it first, for example with {name}.astype('float64')"
     )
 
@@ -218,7 +224,8 @@ def bad_target_dtype(where: str, dtype: object) -> TypeError:
     """A target that is neither class indices nor a distribution."""
     return TypeError(
         f"{where}: target must hold class indices (an integer dtype) or probabilities (a floating "
-        f"dtype), got {dtype}; convert it with target.astype('int64') or target.astype('float32')"
+        f"dtype), got {dtype_name(dtype)}; convert it with target.astype('int64') or "
+        "target.astype('float32')"
     )
 
 
@@ -309,7 +316,7 @@ def bad_out_type(where: str, out: object) -> TypeError:
 def bad_target_dtype_for_stats(where: str, dtype: object) -> TypeError:
     """A distribution where class indices are wanted."""
     return TypeError(
-        f"{where}: target must hold class indices (an integer dtype), got {dtype}; "
+        f"{where}: target must hold class indices (an integer dtype), got {dtype_name(dtype)}; "
         "convert it with target.astype('int64')"
     )
 

@@ -54,21 +54,25 @@ def lower(where: str, input: Tensor, target: Tensor, options: Options, axis: int
     """Lower options and target as `crossent.rows.lower` does, without a look at the numbers."""
     shape = tuple(input.shape)
     n_classes, rows_shape = shape[axis], shape[:axis] + shape[axis + 1 :]
+    if n_classes == 0:
+        raise errors.no_classes(where, shape, axis)
     dtype = COMPUTE_DTYPE[input.dtype]
     options = options.checked(where, NUMPY_DTYPE[dtype])
     class_weight = row_weight = target_prob = bad = None
     if options.weight is not None:
-        class_weight = options.weight.to(dtype)
+        class_weight = _real(where, "weight", options.weight).to(dtype)
         if class_weight.shape != (n_classes,):
             expected = f"({n_classes},), one for each class"
             raise errors.bad_shape(where, "weight", expected, tuple(class_weight.shape))
     if options.sample_weight is not None:
-        row_weight = _row_weight(where, options.sample_weight.to(dtype), rows_shape)
+        row_weight = _real(where, "sample_weight", options.sample_weight).to(dtype)
+        row_weight = _row_weight(where, row_weight, rows_shape)
 
     if options.target_prob is not None:
         kind = "sparse"
         ids, prob = _sparse(where, target, options.target_prob, shape, axis)
-        padding = ids == options.ignore_index
+        padding = _same(ids, options.ignore_index)
+        ids = ids.long()
         bad = (~padding & ((ids < 0) | (ids >= n_classes))).any(dim=-1)
         ids = torch.where(padding, 0, ids).clamp(0, n_classes - 1)
         target_prob = torch.where(padding, 0.0, prob.to(dtype))
@@ -81,12 +85,11 @@ def lower(where: str, input: Tensor, target: Tensor, options: Options, axis: int
         kept = torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
         kind = "index"
-        if target.dtype is torch.bool or target.is_complex():
-            raise errors.bad_target_dtype(where, target.dtype)
+        _check_target(where, target)
         if tuple(target.shape) != rows_shape:
             raise _bad_target(where, target, rows_shape, shape)
+        kept = ~_same(target.reshape(-1), options.ignore_index)
         target = target.reshape(-1).long()
-        kept = target != options.ignore_index
         bad = kept & ((target < 0) | (target >= n_classes))
         target = torch.where(kept & ~bad, target, 0)
 
@@ -292,7 +295,7 @@ def _row(input: Tensor, plan: Plan) -> _Row:
 
 
 def _capped(z: Tensor, cap: float) -> Tensor:
-    """Return κ·tanh(z/κ); its derivative, 1 − tanh² to PyTorch, would cancel where tanh is near 1."""
+    """κ·tanh(z/κ), of whose derivative autodiff's 1 − tanh² would leave nothing far beyond κ."""
     x = z / cap
     w = (x.abs() * -2).exp()
     return cap * torch.where(x.abs() < 0.5, x.tanh(), x.sign() * ((1 - w) / (1 + w)))
@@ -397,6 +400,23 @@ def _share(
     return torch.where(kept, (s / total).to(dtype), 0.0)
 
 
+def _real(where: str, name: str, value: Tensor) -> Tensor:
+    if value.dtype is torch.bool or value.is_complex():
+        raise errors.bad_array(where, name, "an array of real numbers", value)
+    return value
+
+
+def _check_target(where: str, target: Tensor) -> None:
+    if target.dtype is torch.bool or target.is_complex():
+        raise errors.bad_target_dtype(where, target.dtype)
+
+
+def _same(ids: Tensor, index: int) -> Tensor:
+    """Tell the ids that are `index`; 2^64 − 100 is not −100, though as int64 it would be."""
+    same = ids.long() == index
+    return same if ids.dtype is not torch.uint64 or index >= 0 else torch.zeros_like(same)
+
+
 def _row_weight(where: str, weight: Tensor, rows_shape: tuple[int, ...]) -> Tensor:
     try:
         return weight.broadcast_to(rows_shape).reshape(-1)
@@ -409,21 +429,25 @@ def _sparse(
     where: str, ids: Tensor, prob: Tensor, shape: tuple[int, ...], axis: int
 ) -> tuple[Tensor, Tensor]:
     """Return ids and probabilities ``(N, K)``."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
-        raise errors.bad_target_prob(where, f"target has dtype {ids.dtype}")
+    _check_target(where, ids)
+    if ids.is_floating_point():
+        raise errors.bad_target_prob(where, f"target has dtype {errors.dtype_name(ids.dtype)}")
+    if prob.dtype is torch.bool or prob.is_complex():
+        reason = f"target_prob has dtype {errors.dtype_name(prob.dtype)}"
+        raise errors.bad_target_prob(where, reason)
     got, other = tuple(ids.shape), tuple(prob.shape)
     rows_shape = shape[:axis] + shape[axis + 1 :]
     fits = len(got) == len(shape) and got[:axis] + got[axis + 1 :] == rows_shape
     if not fits or got != other:
         reason = f"got target {got} and target_prob {other} for an input of shape {shape}"
         raise errors.bad_target_prob(where, reason)
-    return _rows(ids, axis).long(), _rows(prob, axis)
+    return _rows(ids, axis), _rows(prob, axis)
 
 
 def _bad_target(
     where: str, target: Tensor, rows_shape: tuple[int, ...], shape: tuple[int, ...]
 ) -> ValueError:
-    name = str(target.dtype).removeprefix("torch.")
+    name = errors.dtype_name(target.dtype)
     return errors.bad_target_shape(where, tuple(target.shape), name, rows_shape, shape)
 
 
