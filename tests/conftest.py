@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+import crossent
 from crossent import _native
 from crossent.backends import BACKENDS
 
@@ -53,3 +54,74 @@ def isa(request):
     assert _native.set_isa(request.param)
     yield request.param
     assert _native.set_isa(before)
+
+
+@pytest.fixture
+def one_torch_thread():
+    """On a busy machine PyTorch's threads wait 1000 times longer for each other than they work."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def front(request):
+    """Each front end: the same functions from NumPy arrays to NumPy arrays."""
+    if request.param == "numpy":
+        return crossent
+    request.getfixturevalue("one_torch_thread")
+    return TorchFront()
+
+
+class TorchFront:
+    """The functions of `crossent`, served by `crossent.torch`."""
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+
+    def cross_entropy(self, input, target, **options):
+        return self._loss(self._tensor(input), target, options).numpy()
+
+    def cross_entropy_value_and_grad(self, input, target, *, grad_output=None, **options):
+        logits = self._tensor(input).requires_grad_()
+        loss = self._loss(logits, target, options)
+        loss.backward(self._upstream(loss, grad_output))
+        return crossent.LossGrad(loss.detach().numpy(), self._array(logits.grad, input.dtype))
+
+    def cross_entropy_hvp(self, input, target, vector, *, grad_output=None, **options):
+        logits = self._tensor(input).requires_grad_()
+        loss = self._loss(logits, target, options)
+        upstream = self._upstream(loss, grad_output)
+        (grad,) = self.torch.autograd.grad(loss, logits, upstream, create_graph=True)
+        (product,) = self.torch.autograd.grad(grad, logits, self._tensor(vector))
+        return self._array(product, input.dtype)
+
+    def _loss(self, logits, target, options):
+        from crossent.torch import cross_entropy
+
+        options = {"axis": -1} | options
+        if isinstance(options.get("sample_weight"), float):
+            options["sample_weight"] = np.array(options["sample_weight"])
+        options = {name: self._tensor(value) for name, value in options.items()}
+        return cross_entropy(logits, self._tensor(target), dim=options.pop("axis"), **options)
+
+    def _upstream(self, loss, grad_output):
+        given = 1.0 if grad_output is None else grad_output
+        return self.torch.as_tensor(given, dtype=loss.dtype).expand(loss.shape)
+
+    def _tensor(self, value):
+        """Return a tensor on the array's memory; anything else as it is."""
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype.name == "bfloat16":
+            return self.torch.from_numpy(value.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(value)
+
+    def _array(self, tensor, dtype):
+        if dtype.name == "bfloat16":
+            return tensor.view(self.torch.int16).numpy().view(dtype)
+        return tensor.numpy()

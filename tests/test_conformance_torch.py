@@ -34,14 +34,7 @@ SMOOTHING = (0.0, 0.1, 1.0)
 REDUCTIONS = ("mean", "sum", "none")
 INF, NAN = math.inf, math.nan
 
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """On a busy machine PyTorch's threads wait 1000 times longer for each other than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def peer(input, target, *, dtype=torch.float64, upstream=None, **options):

@@ -1,4 +1,4 @@
-"""Laws that hold for any rows, over every dtype of the registry and every instruction set.
+"""Laws that hold for any rows, over every front end, dtype of the registry and instruction set.
 
 Where both sides do the same operations on the same numbers they agree bit for bit. Elsewhere each
 is within the design page's 4 or 8 ulp of its sizes: two results differ by at most twice that.
@@ -37,7 +37,8 @@ KINDS = st.sampled_from(["index", "distribution", "sparse"])
 class Rows:
     """Random logits (N, V) and a target of some kind, from a seed."""
 
-    def __init__(self, seed, n_classes, spread, dtype, kind="index", n_rows=5):
+    def __init__(self, front, seed, n_classes, spread, dtype, kind="index", n_rows=5):
+        self.front = front
         rng = self.rng = np.random.default_rng(seed)
         self.logits = (rng.normal(size=(n_rows, n_classes)) * spread).astype(dtype)
         self.index = rng.integers(0, n_classes, n_rows)
@@ -51,7 +52,7 @@ class Rows:
 
     def __call__(self, **options):
         call = {"reduction": "none"} | self.more | options
-        return crossent.cross_entropy_value_and_grad(self.logits, self.target, **call)
+        return self.front.cross_entropy_value_and_grad(self.logits, self.target, **call)
 
 
 def unit(dtype):
@@ -95,8 +96,10 @@ def assert_same_bits(got, want):
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
-def test_a_second_call_gives_the_same_bits(dtype, isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+def test_a_second_call_gives_the_same_bits(
+    front, dtype, isa, seed, n_classes, spread, kind, options
+):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     before = rows.logits.tobytes(), rows.target.tobytes()
     first = rows(**options)
     kept = first.grad.copy()
@@ -108,12 +111,12 @@ def test_a_second_call_gives_the_same_bits(dtype, isa, seed, n_classes, spread, 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS, st.integers(0, 5))
 def test_a_split_of_rows_equals_the_whole(
-    dtype, isa, seed, n_classes, spread, kind, options, where
+    front, dtype, isa, seed, n_classes, spread, kind, options, where
 ):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     whole = rows(**options)
     for part in (slice(where), slice(where, None)):
-        piece = Rows(seed, n_classes, spread, dtype, kind)
+        piece = Rows(front, seed, n_classes, spread, dtype, kind)
         piece.logits, piece.target = piece.logits[part], piece.target[part]
         piece.more = {name: array[part] for name, array in piece.more.items()}
         found = piece(**options)
@@ -122,8 +125,8 @@ def test_a_split_of_rows_equals_the_whole(
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
-def test_other_rows_do_not_matter(dtype, isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+def test_other_rows_do_not_matter(front, dtype, isa, seed, n_classes, spread, kind, options):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     before = rows(**options)
     rows.logits[1:] = rows.logits[1:] * dtype.type(3) + dtype.type(1)
     rows.logits[2] = np.nan
@@ -133,10 +136,12 @@ def test_other_rows_do_not_matter(dtype, isa, seed, n_classes, spread, kind, opt
 
 @law
 @given(SEEDS, SIZES, SPREADS, OPTIONS)
-def test_the_loss_alone_is_the_loss_with_its_gradient(dtype, isa, seed, n_classes, spread, options):
-    rows = Rows(seed, n_classes, spread, dtype)
+def test_the_loss_alone_is_the_loss_with_its_gradient(
+    front, dtype, isa, seed, n_classes, spread, options
+):
+    rows = Rows(front, seed, n_classes, spread, dtype)
     for reduction in ("none", "mean"):
-        alone = crossent.cross_entropy(rows.logits, rows.target, reduction=reduction, **options)
+        alone = front.cross_entropy(rows.logits, rows.target, reduction=reduction, **options)
         assert_same_bits([alone], [rows(reduction=reduction, **options).loss])
 
 
@@ -145,8 +150,8 @@ def test_the_loss_alone_is_the_loss_with_its_gradient(dtype, isa, seed, n_classe
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, st.integers(-8, 8))
-def test_a_common_offset_changes_nothing(dtype, isa, seed, n_classes, spread, kind, steps):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+def test_a_common_offset_changes_nothing(front, dtype, isa, seed, n_classes, spread, kind, steps):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     # On a grid of 1/4 below 32 every sum is exact in every dtype.
     grid = np.clip(np.rint(rows.logits.astype(float) * 4), -16, 16) / 4
     rows.logits = grid.astype(dtype)
@@ -162,7 +167,7 @@ def test_a_common_offset_changes_nothing(dtype, isa, seed, n_classes, spread, ki
 @law
 @given(SEEDS, SIZES, SPREADS)
 def test_probabilities_sum_to_one(dtype, isa, seed, n_classes, spread):
-    p = crossent.softmax(Rows(seed, n_classes, spread, dtype).logits).astype(float)
+    p = crossent.softmax(Rows(crossent, seed, n_classes, spread, dtype).logits).astype(float)
     assert ((p >= 0) & (p <= 1)).all()
     # Σ 4.5 ulp(p_j) ≤ 4.5 u Σ p_j, and half a denormal step for each class.
     assert_close(p.sum(axis=1), np.ones(5), 1, 4.5 + n_classes * tiny(dtype) / unit(dtype), dtype)
@@ -170,8 +175,8 @@ def test_probabilities_sum_to_one(dtype, isa, seed, n_classes, spread):
 
 @law
 @given(SEEDS, SIZES, SPREADS)
-def test_the_plain_gradient_of_a_row_sums_to_zero(dtype, isa, seed, n_classes, spread):
-    grad = Rows(seed, n_classes, spread, dtype)().grad.astype(float)
+def test_the_plain_gradient_of_a_row_sums_to_zero(front, dtype, isa, seed, n_classes, spread):
+    grad = Rows(front, seed, n_classes, spread, dtype)().grad.astype(float)
     # Σ |p − q| = 2 (1 − p_y) ≤ 2, each entry within 4.5 ulp.
     size = np.abs(grad).sum(axis=1)
     room = 4.5 * unit(dtype) * size + n_classes * tiny(dtype)
@@ -181,9 +186,9 @@ def test_the_plain_gradient_of_a_row_sums_to_zero(dtype, isa, seed, n_classes, s
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
 def test_the_order_of_the_classes_does_not_matter(
-    dtype, isa, seed, n_classes, spread, kind, options
+    front, dtype, isa, seed, n_classes, spread, kind, options
 ):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     before = rows(**options)
     order = rows.rng.permutation(n_classes)
     place = np.argsort(order)
@@ -211,8 +216,8 @@ def grad_size(rows, options):
 
 @law
 @given(SEEDS, SIZES, SPREADS, OPTIONS)
-def test_one_hot_is_the_index(dtype, isa, seed, n_classes, spread, options):
-    rows = Rows(seed, n_classes, spread, dtype)
+def test_one_hot_is_the_index(front, dtype, isa, seed, n_classes, spread, options):
+    rows = Rows(front, seed, n_classes, spread, dtype)
     index = rows(**options)
     rows.target = np.eye(n_classes, dtype=dtype)[rows.index]
     assert_agree(rows, rows(**options), index, options, dtype)
@@ -220,8 +225,8 @@ def test_one_hot_is_the_index(dtype, isa, seed, n_classes, spread, options):
 
 @law
 @given(SEEDS, SIZES, SPREADS, OPTIONS)
-def test_sparse_is_dense(dtype, isa, seed, n_classes, spread, options):
-    rows = Rows(seed, n_classes, spread, dtype, "sparse")
+def test_sparse_is_dense(front, dtype, isa, seed, n_classes, spread, options):
+    rows = Rows(front, seed, n_classes, spread, dtype, "sparse")
     prob = rows.more["target_prob"] = np.round(rows.more["target_prob"] * 16) / 16
     sparse = rows(**options)
     dense = np.zeros(rows.logits.shape)
@@ -233,8 +238,10 @@ def test_sparse_is_dense(dtype, isa, seed, n_classes, spread, options):
 
 @law
 @given(SEEDS, SIZES, SPREADS, st.sampled_from([0.25, 0.5, 1.0]))
-def test_smoothing_is_a_mixture_with_the_uniform(dtype, isa, seed, n_classes, spread, epsilon):
-    rows = Rows(seed, n_classes, spread, dtype)
+def test_smoothing_is_a_mixture_with_the_uniform(
+    front, dtype, isa, seed, n_classes, spread, epsilon
+):
+    rows = Rows(front, seed, n_classes, spread, dtype)
     smoothed = rows(label_smoothing=epsilon)
     compute = np.float64 if dtype == np.float64 else np.float32
     rows.target = (1 - epsilon) * np.eye(n_classes)[rows.index] + epsilon / n_classes
@@ -255,8 +262,10 @@ def assert_agree(rows, got, want, options, dtype):
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS, st.sampled_from([-2.0, 0.5, 64.0]))
-def test_powers_of_two_multiply_exactly(dtype, isa, seed, n_classes, spread, kind, options, factor):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+def test_powers_of_two_multiply_exactly(
+    front, dtype, isa, seed, n_classes, spread, kind, options, factor
+):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     plain = rows(**options)
     enough = np.abs(plain.grad.astype(float)) > 1e-3  # clear of denormal numbers in every dtype
     by_class = rows(**options, weight=np.full(n_classes, factor))
@@ -279,9 +288,9 @@ def test_powers_of_two_multiply_exactly(dtype, isa, seed, n_classes, spread, kin
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
 def test_weights_and_upstream_gradients_multiply(
-    dtype, isa, seed, n_classes, spread, kind, options
+    front, dtype, isa, seed, n_classes, spread, kind, options
 ):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     s, u = rows.rng.normal(size=(2, 5)).astype(np.float32).astype(float)
     plain = rows(**options)
     plain_row = kind == "index" and not {"label_smoothing", "z_loss"} & set(options)
@@ -297,8 +306,8 @@ def test_weights_and_upstream_gradients_multiply(
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
-def test_dropped_rows_are_inert(dtype, isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, dtype, kind)
+def test_dropped_rows_are_inert(front, dtype, isa, seed, n_classes, spread, kind, options):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind)
     kept = np.array([True, False, True, True, False])
     s = np.where(kept, rows.rng.uniform(0.5, 2, 5), 0.0)
     rows.logits[~kept] = np.nan
@@ -312,8 +321,10 @@ def test_dropped_rows_are_inert(dtype, isa, seed, n_classes, spread, kind, optio
 
 @law
 @given(SEEDS, SIZES, SPREADS, KINDS, OPTIONS)
-def test_the_sum_is_the_mean_times_its_divisor(dtype, isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, dtype, kind, n_rows=8)
+def test_the_sum_is_the_mean_times_its_divisor(
+    front, dtype, isa, seed, n_classes, spread, kind, options
+):
+    rows = Rows(front, seed, n_classes, spread, dtype, kind, n_rows=8)
     if kind == "sparse":
         rows.target[0] = 0  # no row of padding: the divisor is 8, and dividing by it exact
     each, total, mean = (rows(**options, reduction=how) for how in ("none", "sum", "mean"))
@@ -326,9 +337,9 @@ def test_the_sum_is_the_mean_times_its_divisor(dtype, isa, seed, n_classes, spre
 @law
 @given(SEEDS, st.sampled_from([1, 3, 17, 40]), SPREADS, KINDS, OPTIONS, st.integers(0, 2))
 def test_the_class_axis_may_stand_anywhere(
-    dtype, isa, seed, n_classes, spread, kind, options, axis
+    front, dtype, isa, seed, n_classes, spread, kind, options, axis
 ):
-    rows = Rows(seed, n_classes, spread, dtype, kind, n_rows=6)
+    rows = Rows(front, seed, n_classes, spread, dtype, kind, n_rows=6)
     flat = rows(**options)
 
     def moved(array):
@@ -350,20 +361,20 @@ def test_the_class_axis_may_stand_anywhere(
 
 @law
 @given(SEEDS, st.sampled_from([1, 3, 17, 40]), st.sampled_from([0.1, 1.0, 5.0]), KINDS, OPTIONS)
-def test_finite_differences(isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, np.dtype(float), kind)
+def test_finite_differences(front, isa, seed, n_classes, spread, kind, options):
+    rows = Rows(front, seed, n_classes, spread, np.dtype(float), kind)
     options = options | {"reduction": "sum"}
     direction = rows.rng.normal(size=rows.logits.shape)
     call = {**rows.more, **options}
     grad = rows(**options).grad
-    product = crossent.cross_entropy_hvp(rows.logits, rows.target, direction, **call)
+    product = front.cross_entropy_hvp(rows.logits, rows.target, direction, **call)
     # Central differences: h² times a third derivative (under 30 |x|³ here), and rounding over h.
     h = 1e-5
     length = np.abs(direction).max()
     ends = []
     for sign in (1, -1):
         moved = rows.logits + sign * h * direction
-        ends.append(crossent.cross_entropy_value_and_grad(moved, rows.target, **call))
+        ends.append(front.cross_entropy_value_and_grad(moved, rows.target, **call))
     size = loss_size(rows, options).sum() + 1
     scale = max(1.0, options.get("logit_scale", 1.0)) ** 3
     room = scale * (h**2 * 30 * length**3 * n_classes * 5 + 32 * unit(float) * size / h)
@@ -375,13 +386,13 @@ def test_finite_differences(isa, seed, n_classes, spread, kind, options):
 
 @law
 @given(SEEDS, st.sampled_from([1, 3, 17]), SPREADS, KINDS, OPTIONS)
-def test_the_hvp_is_linear_and_symmetric(isa, seed, n_classes, spread, kind, options):
-    rows = Rows(seed, n_classes, spread, np.dtype(float), kind)
+def test_the_hvp_is_linear_and_symmetric(front, isa, seed, n_classes, spread, kind, options):
+    rows = Rows(front, seed, n_classes, spread, np.dtype(float), kind)
     call = {"reduction": "sum", **rows.more, **options}
     x, y = rows.rng.normal(size=(2, *rows.logits.shape))
 
     def product(vector):
-        return crossent.cross_entropy_hvp(rows.logits, rows.target, vector, **call)
+        return front.cross_entropy_hvp(rows.logits, rows.target, vector, **call)
 
     hx, hy = product(x), product(y)
     tables = crossent.cross_entropy_hessian(rows.logits, rows.target, **call)
