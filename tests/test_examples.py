@@ -1,9 +1,12 @@
 """The examples run, and show what the pages say they show."""
 
+import gzip
 import importlib.util
 import math
 import re
+import struct
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +20,25 @@ ROOT = Path(__file__).parents[1]
 COLLAPSE_PAGE = (ROOT / "docs" / "softmax-collapse.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def collapse():
-    path = ROOT / "examples" / "softmax_collapse.py"
-    spec = importlib.util.spec_from_file_location("softmax_collapse", path)
+@contextmanager
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.modules.pop(spec.name, None)
+
+
+# Softmax collapse ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def collapse():
+    with example("softmax_collapse") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +140,111 @@ def test_collapse_table_of_margins(margin, row):
 
 def test_collapse_table_of_margins_is_found():
     assert {"16", "17"} <= {margin for margin, _ in MARGINS}
+
+
+# A convolutional network --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    torch = pytest.importorskip("torch")
+    before = torch.are_deterministic_algorithms_enabled()
+    with example("fashion_cnn") as module:
+        torch.use_deterministic_algorithms(True)
+        yield module
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def idx_folder(tmp_path_factory):
+    """Four IDX files of noise in which the brightest rows of pixels tell the class."""
+    folder = tmp_path_factory.mktemp("fashion")
+    rng = np.random.default_rng(4)
+    for stem, rows in (("train", 520), ("t10k", 100)):
+        labels = (rng.permutation(rows) % 10).astype(np.uint8)
+        images = rng.integers(0, 100, (rows, 28, 28), dtype=np.uint8)
+        images[np.arange(28) // 2 == labels[:, None] + 2] += 150
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            path = folder / f"{stem}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(cnn, idx_folder):
+    """Three epochs of 8 batches of 64 and one of 8."""
+    return cnn.compare(cnn.fashion_mnist(idx_folder), epochs=3, batch_size=64)
+
+
+def test_cnn_losses_agree_to_rounding_at_the_same_weights(cnn, comparison):
+    """At most V + 4 roundings in each row and N in the sum of a batch; the logits are the same."""
+    first = comparison.runs["torch"].losses[0]
+    bound = (10 + 4 + 64) * np.finfo(np.float32).eps / 2 * (1 + first)
+    assert comparison.difference("crossent")[0] <= bound
+    assert comparison.difference(cnn.REVERSED)[0] <= bound
+
+
+def test_cnn_curves_stay_together(comparison):
+    """Six seeds gave at most 2.4e-7; rounding grows tenfold in some 20 steps (docs)."""
+    losses = {name: run.losses for name, run in comparison.runs.items()}
+    assert [len(curve) for curve in losses.values()] == [27, 27, 27]
+    assert losses["crossent"][-1] < losses["crossent"][0] / 2
+    assert comparison.difference("crossent").max() < 1e-5
+
+
+def test_cnn_run_is_reproducible(cnn, comparison, idx_folder):
+    again = cnn.compare(cnn.fashion_mnist(idx_folder), epochs=3, batch_size=64)
+    for name, run in comparison.runs.items():
+        assert run.losses == again.runs[name].losses
+
+
+def test_cnn_changes_one_import():
+    names = ("- from torch.nn.functional", "+ from crossent.torch")
+    diff = "".join(f"{name} import cross_entropy\n" for name in names)
+    for page in ("docs/fashion-cnn.md", "README.md"):
+        assert diff in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_cnn_command_line(cnn, idx_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "figure.svg"
+    small = ["--data-dir", str(idx_folder), "--rows", "200", "--epochs", "1"]
+    cnn.main([*small, "--batch-size", "16", "--plot", str(figure)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("200 images, 13 steps; PyTorch ")
+    for title in (
+        "test accuracy",
+        "  in the first 13 steps",
+        "  a step, median",
+        "  their share of a step",
+    ):
+        (line,) = (line for line in lines if line.startswith(title))
+        assert len(line.removeprefix(title).split()) >= 2
+    assert "distance from torch's loss" in figure.read_text(encoding="utf-8")
+
+
+def test_cnn_says_how_to_get_the_data(cnn, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cnn.main(["--data-dir", str(tmp_path)])
+    assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
+
+
+def test_cnn_says_what_is_wrong_before_it_trains(cnn, tmp_path, capsys, monkeypatch):
+    for given, text in (
+        (["--epochs", "0"], "less than 1"),
+        (["--plot", f"{tmp_path}/a/b"], "no f"),
+    ):
+        with pytest.raises(SystemExit):
+            cnn.main(given)
+        assert text in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        cnn.main(["--plot", "figure.png"])
+    assert "pip install 'crossent[cli]'" in capsys.readouterr().err
+
+
+def test_cnn_says_that_it_needs_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="needs PyTorch"), example("fashion_cnn"):
+        pass
