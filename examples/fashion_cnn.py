@@ -207,16 +207,12 @@ def report(comparison: Comparison, data: Images) -> None:
         {n: str(differ[n]) for n in others},
     )
 
-    print("\ntime")
+    print("\ntime, median of all steps")
     step = {name: run.seconds for name, run in runs.items()}
     alone = comparison.loss_seconds
     share = {name: median(alone[name]) / median(step[name]) for name in alone}
-    line("  a step, median", {name: f"{median(s) * 1e3:.2f} ms" for name, s in step.items()})
-    line("  a step, fastest", {name: f"{min(s) * 1e3:.2f} ms" for name, s in step.items()})
-    line(
-        "  loss and gradient alone, median", {n: f"{median(alone[n]) * 1e6:.0f} µs" for n in alone}
-    )
-    line("  loss and gradient alone, fastest", {n: f"{min(alone[n]) * 1e6:.0f} µs" for n in alone})
+    line("  a step", {name: f"{median(s) * 1e3:.2f} ms" for name, s in step.items()})
+    line("  loss and gradient alone", {n: f"{median(alone[n]) * 1e6:.0f} µs" for n in alone})
     line("  their share of a step", {name: f"{value:.2%}" for name, value in share.items()})
 
 

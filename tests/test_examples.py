@@ -216,7 +216,7 @@ def test_cnn_command_line(cnn, idx_folder, tmp_path, capsys):
     for title in (
         "test accuracy",
         "  in the first 13 steps",
-        "  a step, median",
+        "  a step",
         "  their share of a step",
     ):
         (line,) = (line for line in lines if line.startswith(title))
