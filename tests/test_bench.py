@@ -1,5 +1,6 @@
 """`crossent bench`: what is timed and written, and the ratios; never how long anything took."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import crossent
 from crossent import _native, cli
 from crossent.cli.bench import contest, machine, peers, timing
 from crossent.cli.bench.bench_rows import ROWS
+from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
 from crossent.cli.bench.run import output_like
 from crossent.cli.bench.shapes import SHAPES, chosen
 from crossent.cli.errors import InputError
@@ -160,15 +162,132 @@ def test_bench_alone_lists_what_there_is(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (exit.value.code, err) == (0, "")
     assert re.search(r"^\s*rows +Loss and gradient", out, re.M)
+    assert re.search(r"^\s*torch-rows +Loss and backward pass", out, re.M)
 
 
-@pytest.mark.parametrize(("benchmark", "tasks"), [(ROWS, peers.TASKS)])
+@pytest.mark.parametrize(("benchmark", "tasks"), [(ROWS, peers.TASKS), (TORCH_ROWS, ())])
 def test_help_names_every_choice(run, benchmark, tasks):
     _, out, _ = run("--help", benchmark=benchmark.words.name)
     text = "".join(out.replace("│", " ").split())
     for name in (*tasks, *(peer.name for peer in benchmark.peers())):
         assert name in text
     assert ("--tasks" in text) == (benchmark.tasks is None)
+
+
+# The command from PyTorch -------------------------------------------------------------------------
+
+
+def test_a_quick_run_from_torch_writes_its_folder(run, tmp_path):
+    pytest.importorskip("torch")
+    arguments = ("--quick", "--repeats", 2, "--threads", 1, "--peers", "torch")
+    shapes = ("--shapes", "tiny,segmentation")
+    status, out, err = run(*arguments, *shapes, benchmark="torch-rows")
+    assert (status, err) == (0, "")
+    folder = tmp_path / "crossent-bench-torch-rows"
+    files = [f"torch-rows.{kind}" for kind in ("json", "md", "png")]
+    assert sorted(os.listdir(folder)) == files
+    assert (folder / "torch-rows.png").read_bytes().startswith(b"\x89PNG")
+    assert out.endswith(f"written to crossent-bench-torch-rows: {', '.join(files)}\n")
+
+    report = json.loads((folder / "torch-rows.json").read_text())
+    assert report["benchmark"] == "torch-rows"
+    assert report["method"].endswith("Every contender's x has the same memory.")
+    skipped = {peer["name"]: peer["skipped"] for peer in report["peers"]}
+    assert skipped == {
+        "torch": None,
+        "torch-compile": "not asked for",
+        "crossent-compile": "not asked for",
+    }
+    found = [(group["shape"], group["task"]) for group in report["results"]]
+    assert found == [(shape, "loss+gradient") for shape in ("tiny", "segmentation")]
+    for group in report["results"]:
+        median = {each["name"]: each["median"] for each in group["times"]}
+        assert (set(median), group["skipped"]) == ({"crossent", "torch"}, {})
+        over = {ratio["over"]: ratio["value"] for ratio in group["ratios"]}
+        assert over["torch"] == over["best peer"] == median["crossent"] / median["torch"]
+
+    page = (folder / "torch-rows.md").read_text()
+    assert page.startswith("# crossent bench torch-rows, ")
+    assert "eager](torch-rows.png)\n" in page
+    assert "|  | time | spread | over torch |\n" in page
+    assert re.search(r"^\| torch \| .* \| 1\.00 \|$", page, re.M)
+
+
+def test_bfloat16_from_torch_is_held_against_float32(run, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    arguments = ("--quick", "--repeats", 1, "--shapes", "vocab-32k", "--peers", "torch")
+    assert run(*arguments, "-o", "found", benchmark="torch-rows")[0] == 0
+    plain, half = json.loads((tmp_path / "found" / "torch-rows.json").read_text())["results"]
+    assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert {each["name"] for each in half["times"]} == {"crossent", "torch"}, half["skipped"]
+    assert "float32" in {ratio["over"] for ratio in half["ratios"]}
+
+
+def test_without_torch_nothing_is_timed_from_it(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    status, out, err = run("--quick", benchmark="torch-rows")
+    wanted = "crossent: bench torch-rows needs torch; pip install 'crossent[torch]'\n"
+    assert (status, out, err, os.listdir(tmp_path)) == (2, "", wanted, [])
+
+
+def test_what_is_compiled_from_torch(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from crossent.torch import cross_entropy
+
+    asked = []
+
+    def compile(function, **options):
+        asked.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: asked.append("reset"))
+    found = contest.contest(TORCH_ROWS, problem(), TORCH_ROWS.peers(), EFFORT, lambda text: None)
+    options = {"fullgraph": True, "dynamic": False}
+    both = torch.nn.functional.cross_entropy, cross_entropy
+    # a reset after the first had been compiled would have it compiled again while it is timed
+    assert asked == ["reset", *((function, options) for function in both)]
+    assert [(each.name, each.kind) for each in found[0]] == [
+        ("crossent", "crossent"),
+        ("torch", "peer"),
+        ("torch-compile", "peer"),
+        ("crossent-compile", "crossent"),
+    ]
+    assert found[1] == {}
+
+
+def test_each_step_from_torch_makes_its_gradient_anew(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    given = problem(shape=(3, 5, 4, 2), axis=1)
+    loss, grad = crossent.cross_entropy_value_and_grad(given.logits, given.target, axis=1)
+    steps = [TORCH_ROWS.ours(given), *(peer.contenders(given) for peer in TORCH_ROWS.peers())]
+    for (step,) in steps:
+        for found in step.read(step.call()), step.read(step.call()):
+            np.testing.assert_allclose(found[0], loss, rtol=1e-6)
+            # subtracted from 1 in float32, divided by 24 rows
+            np.testing.assert_allclose(found[1], grad, rtol=1e-5, atol=2**-22 / 24)
+
+
+def test_our_step_from_torch_has_the_bits_of_numpy_s_function(dtype):
+    pytest.importorskip("torch")  # what all contenders read wrongly, none of them would tell
+    given = problem(dtype=dtype.type)
+    expected = crossent.cross_entropy_value_and_grad(given.logits, given.target)
+    (step,) = TORCH_ROWS.ours(given)
+    for found, right in zip(step.read(step.call()), expected, strict=True):
+        np.testing.assert_array_equal(found, np.asarray(right, found.dtype))
+
+
+def test_threads_are_told_to_torch():
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            TORCH_ROWS.ours(dataclasses.replace(problem(), threads=threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -354,29 +473,3 @@ def test_the_process_is_bound_to_as_many_cpus_and_released():
     assert (os.sched_getaffinity(0), crossent.get_num_threads()) == (cpus, before)
     with pytest.raises(InputError, match="this process may use"), machine.on_cpus(len(cpus) + 1):
         pass
-
-
-# The copies ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 1000, 2**18 - 1, 2**18 + 1, 3 * 2**18 + 77])
-@pytest.mark.parametrize("shift", [0, 1, 16, 63])
-def test_copies_are_whole_and_stay_within_their_bounds(streaming, n, shift):
-    source = np.random.default_rng(n).integers(0, 256, n + 200, dtype=np.uint8)
-    out = np.zeros_like(source)
-    _native.copy_bytes(out[shift : shift + n], source[7 : 7 + n], streaming)
-    np.testing.assert_array_equal(out[shift : shift + n], source[7 : 7 + n])
-    assert not out[:shift].any()
-    assert not out[shift + n :].any()
-
-
-def test_copies_refuse_what_would_touch_other_memory():
-    memory = np.zeros(100, np.uint8)
-    with pytest.raises(ValueError, match="as many bytes"):
-        _native.copy_bytes(memory[:10], memory[10:30], True)
-    with pytest.raises(ValueError, match="two places apart"):
-        _native.copy_bytes(memory[:10], memory[5:15], True)
-    memory.flags.writeable = False
-    with pytest.raises(TypeError):
-        _native.copy_bytes(memory[:10], memory[10:20], True)

@@ -1,12 +1,16 @@
 """`crossent bench`: ratios, tables and pictures of times made by hand."""
 
+import dataclasses
+import re
+
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
 
-from crossent.cli.bench import machine, show, timing
+from crossent.cli.bench import machine, picture, show, timing
 from crossent.cli.bench.bench_rows import ROWS
+from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
 from crossent.cli.bench.picture import draw
 from crossent.cli.bench.results import Group, Report, Timed
 
@@ -86,9 +90,35 @@ def test_the_tables_by_hand():
     assert block[-1].split()[0] == "TORCH"
 
 
-@pytest.mark.parametrize("words", [ROWS.words], ids=lambda words: words.name)
+FROM_TORCH = (
+    timed("crossent", "crossent", "fresh", 2.0),
+    timed("crossent-compile", "crossent", "fresh", 3.0),
+    timed("torch", "peer", "fresh", 8.0),
+    Timed("torch-compile", "torch.compile", "peer", "fresh", timing.summary([4.0], 1)),
+)
+
+
+def test_the_tables_from_torch_by_hand():
+    times = [dataclasses.replace(each, title=each.title.lower()) for each in FROM_TORCH]
+    half = [dataclasses.replace(each, timing=timing.summary([1.0], 1)) for each in times]
+    whole = report(group(*times), group(*half, dtype="bfloat16"), words=TORCH_ROWS.words)
+    heads, *lines = show.summary(whole).splitlines()[-3:]
+    assert re.split(" {2,}", heads)[3:-1] == [column.head for column in TORCH_ROWS.words.columns]
+    assert lines[0].split()[3:] == ["0.25", "0.50", "0.38", "0.75", "–"]
+    assert lines[1].split()[3:] == ["1.00", "1.00", "1.00", "1.00", "0.50"]  # not compiled's 0.33
+    block = [line.split() for line in show.block(whole.groups[0], whole.words).splitlines()]
+    assert [line[-2] for line in block[2:]] == ["0.25", "0.38", "0.50", "1.00"]
+
+
+@pytest.mark.parametrize("words", [ROWS.words, TORCH_ROWS.words], ids=lambda words: words.name)
 def test_the_picture_is_drawn_for_any_groups(tmp_path, words):
-    every = [group(*MAIN)], [group(*MAIN[:3], task="loss")], []
+    every = [group(*MAIN)], [group(*MAIN[:3], task="loss")], [group(*FROM_TORCH)], []
     for k, groups in enumerate(every):
         draw(report(*groups, words=words), tmp_path / f"{k}.png")
         assert (tmp_path / f"{k}.png").stat().st_size > 1000
+
+
+def test_only_where_an_output_is_kept_is_another_called_new():
+    ours = FROM_TORCH[0]
+    assert picture._legend_label(ours, group(*MAIN)) == "CROSSENT, new array"
+    assert picture._legend_label(ours, group(*FROM_TORCH)) == "CROSSENT"

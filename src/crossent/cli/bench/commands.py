@@ -78,6 +78,29 @@ def rows(
     _run(ROWS, threads, repeats, seconds, shapes, dtypes, tasks, peers, output, force, quick)
 
 
+@app.command()
+def torch_rows(
+    threads: _Threads = None,
+    seconds: _Seconds = 0.5,
+    repeats: _Repeats = None,
+    shapes: _Shapes = None,
+    dtypes: _Dtypes = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="torch, torch-compile, crossent-compile (all if not given); crossent is always in."
+        ),
+    ] = None,
+    output: _Output = None,
+    force: _Force = False,
+    quick: _Quick = False,
+) -> None:
+    """Loss and backward pass from PyTorch, against its own loss; writes a new folder."""
+    from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
+
+    _run(TORCH_ROWS, threads, repeats, seconds, shapes, dtypes, None, peers, output, force, quick)
+
+
 def _run(benchmark: "Benchmark", *given: Any) -> None:
     from rich.console import Console
 

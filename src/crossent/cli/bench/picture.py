@@ -21,6 +21,7 @@ _LOOKS: dict[tuple[str, str], tuple[str, str, float]] = {
     ("crossent", "kept"): ("D", _OURS, 12),
     ("crossent", "fresh"): ("o", _OURS, 8),
     ("crossent", "none"): ("o", _OURS, 8),
+    ("crossent-compile", ""): ("h", "#6fa3dd", 9),
     ("torch", ""): ("s", "#c2571a", 7),
     ("torch-compile", ""): ("P", "#e09a2b", 8),
     ("jax", ""): ("^", "#6f4ba0", 8),
