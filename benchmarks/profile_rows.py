@@ -17,10 +17,10 @@ import numpy as np
 
 import crossent
 from crossent.call import Call
-from crossent.cli.bench.bench_rows import inputs, output_like
-from crossent.cli.bench.contest import copies
+from crossent.cli.bench.bench_rows import copies
 from crossent.cli.bench.machine import huge_pages, machine, on_cpus
 from crossent.cli.bench.peers import Problem
+from crossent.cli.bench.run import inputs, output_like
 from crossent.cli.bench.shapes import Shape, chosen
 from crossent.cli.bench.timing import Effort, interleaved
 from crossent.options import Options

@@ -1,5 +1,6 @@
 """`crossent bench`: what is timed and written, and the ratios; never how long anything took."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,9 +21,10 @@ pytest.importorskip("typer")
 
 import crossent
 from crossent import _native, cli
-from crossent.cli.bench import bench_rows, contest, machine, peers, show, timing
-from crossent.cli.bench.picture import draw
-from crossent.cli.bench.results import Group, Report, Timed
+from crossent.cli.bench import contest, machine, peers, timing
+from crossent.cli.bench.bench_rows import ROWS
+from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
+from crossent.cli.bench.run import output_like
 from crossent.cli.bench.shapes import SHAPES, chosen
 from crossent.cli.errors import InputError
 
@@ -32,11 +34,11 @@ EFFORT = timing.Effort(0.0, 1, 1)
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run `crossent bench rows` in an empty folder; return exit status, stdout and stderr."""
+    """Run `crossent bench` in an empty folder; return exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["crossent", "bench", "rows", *map(str, arguments)])
+    def run(*arguments, benchmark="rows"):
+        monkeypatch.setattr(sys, "argv", ["crossent", "bench", benchmark, *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         return exit.value.code, *capsys.readouterr()
@@ -159,14 +161,133 @@ def test_bench_alone_lists_what_there_is(monkeypatch, capsys):
         cli.main()
     out, err = capsys.readouterr()
     assert (exit.value.code, err) == (0, "")
-    assert re.search(r"^\s*rows  Loss and gradient", out, re.M)
+    assert re.search(r"^\s*rows +Loss and gradient", out, re.M)
+    assert re.search(r"^\s*torch-rows +Loss and backward pass", out, re.M)
 
 
-def test_help_names_every_choice(run):
-    _, out, _ = run("--help")
+@pytest.mark.parametrize(("benchmark", "tasks"), [(ROWS, peers.TASKS), (TORCH_ROWS, ())])
+def test_help_names_every_choice(run, benchmark, tasks):
+    _, out, _ = run("--help", benchmark=benchmark.words.name)
     text = "".join(out.replace("│", " ").split())
-    for name in (*peers.TASKS, *(peer.name for peer in peers.all_peers())):
+    for name in (*tasks, *(peer.name for peer in benchmark.peers())):
         assert name in text
+    assert ("--tasks" in text) == (benchmark.tasks is None)
+
+
+# The command from PyTorch -------------------------------------------------------------------------
+
+
+def test_a_quick_run_from_torch_writes_its_folder(run, tmp_path):
+    pytest.importorskip("torch")
+    arguments = ("--quick", "--repeats", 2, "--threads", 1, "--peers", "torch")
+    shapes = ("--shapes", "tiny,segmentation")
+    status, out, err = run(*arguments, *shapes, benchmark="torch-rows")
+    assert (status, err) == (0, "")
+    folder = tmp_path / "crossent-bench-torch-rows"
+    files = [f"torch-rows.{kind}" for kind in ("json", "md", "png")]
+    assert sorted(os.listdir(folder)) == files
+    assert (folder / "torch-rows.png").read_bytes().startswith(b"\x89PNG")
+    assert out.endswith(f"written to crossent-bench-torch-rows: {', '.join(files)}\n")
+
+    report = json.loads((folder / "torch-rows.json").read_text())
+    assert report["benchmark"] == "torch-rows"
+    assert report["method"].endswith("Every contender's x has the same memory.")
+    skipped = {peer["name"]: peer["skipped"] for peer in report["peers"]}
+    assert skipped == {
+        "torch": None,
+        "torch-compile": "not asked for",
+        "crossent-compile": "not asked for",
+    }
+    found = [(group["shape"], group["task"]) for group in report["results"]]
+    assert found == [(shape, "loss+gradient") for shape in ("tiny", "segmentation")]
+    for group in report["results"]:
+        median = {each["name"]: each["median"] for each in group["times"]}
+        assert (set(median), group["skipped"]) == ({"crossent", "torch"}, {})
+        over = {ratio["over"]: ratio["value"] for ratio in group["ratios"]}
+        assert over["torch"] == over["best peer"] == median["crossent"] / median["torch"]
+
+    page = (folder / "torch-rows.md").read_text()
+    assert page.startswith("# crossent bench torch-rows, ")
+    assert "eager](torch-rows.png)\n" in page
+    assert "|  | time | spread | over torch |\n" in page
+    assert re.search(r"^\| torch \| .* \| 1\.00 \|$", page, re.M)
+
+
+def test_bfloat16_from_torch_is_held_against_float32(run, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    arguments = ("--quick", "--repeats", 1, "--shapes", "vocab-32k", "--peers", "torch")
+    assert run(*arguments, "-o", "found", benchmark="torch-rows")[0] == 0
+    plain, half = json.loads((tmp_path / "found" / "torch-rows.json").read_text())["results"]
+    assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert {each["name"] for each in half["times"]} == {"crossent", "torch"}, half["skipped"]
+    assert "float32" in {ratio["over"] for ratio in half["ratios"]}
+
+
+def test_without_torch_nothing_is_timed_from_it(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    status, out, err = run("--quick", benchmark="torch-rows")
+    wanted = "crossent: bench torch-rows needs torch; pip install 'crossent[torch]'\n"
+    assert (status, out, err, os.listdir(tmp_path)) == (2, "", wanted, [])
+
+
+def test_what_is_compiled_from_torch(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from crossent.torch import cross_entropy
+
+    asked = []
+
+    def compile(function, **options):
+        asked.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: asked.append("reset"))
+    found = contest.contest(TORCH_ROWS, problem(), TORCH_ROWS.peers(), EFFORT, lambda text: None)
+    options = {"fullgraph": True, "dynamic": False}
+    both = torch.nn.functional.cross_entropy, cross_entropy
+    # a reset after the first had been compiled would have it compiled again while it is timed
+    assert asked == ["reset", *((function, options) for function in both)]
+    assert [(each.name, each.kind) for each in found[0]] == [
+        ("crossent", "crossent"),
+        ("torch", "peer"),
+        ("torch-compile", "peer"),
+        ("crossent-compile", "crossent"),
+    ]
+    assert found[1] == {}
+
+
+def test_each_step_from_torch_makes_its_gradient_anew(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    given = problem(shape=(3, 5, 4, 2), axis=1)
+    loss, grad = crossent.cross_entropy_value_and_grad(given.logits, given.target, axis=1)
+    steps = [TORCH_ROWS.ours(given), *(peer.contenders(given) for peer in TORCH_ROWS.peers())]
+    for (step,) in steps:
+        for found in step.read(step.call()), step.read(step.call()):
+            np.testing.assert_allclose(found[0], loss, rtol=1e-6)
+            # subtracted from 1 in float32, divided by 24 rows
+            np.testing.assert_allclose(found[1], grad, rtol=1e-5, atol=2**-22 / 24)
+
+
+def test_our_step_from_torch_has_the_bits_of_numpy_s_function(dtype):
+    pytest.importorskip("torch")  # what all contenders read wrongly, none of them would tell
+    given = problem(dtype=dtype.type)
+    expected = crossent.cross_entropy_value_and_grad(given.logits, given.target)
+    (step,) = TORCH_ROWS.ours(given)
+    for found, right in zip(step.read(step.call()), expected, strict=True):
+        np.testing.assert_array_equal(found, np.asarray(right, found.dtype))
+
+
+def test_threads_are_told_to_torch():
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            TORCH_ROWS.ours(dataclasses.replace(problem(), threads=threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # Shapes -------------------------------------------------------------------------------------------
@@ -200,7 +321,7 @@ def test_peers_agree_with_us(name, task, shape, axis):
     pytest.importorskip(name)
     (peer,) = (each for each in peers.all_peers() if each.name == name)
     given = problem(task, shape, axis)
-    times, skipped = contest.contest(given, [peer], EFFORT, lambda text: None)
+    times, skipped = contest.contest(ROWS, given, [peer], EFFORT, lambda text: None)
     found = {each.output for each in times if each.kind == "peer"}
     if name in skipped:
         assert re.match("takes rows|has no such function", skipped[name])
@@ -241,7 +362,7 @@ def test_torch_is_compiled_whole_and_for_the_shape(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    times, skipped = contest.contest(problem(), [peer], EFFORT, lambda text: None)
+    times, skipped = contest.contest(ROWS, problem(), [peer], EFFORT, lambda text: None)
     assert (asked, skipped) == ([{"fullgraph": True, "dynamic": False}], {})
     assert [each.title for each in times if each.kind == "peer"] == ["torch.compile"]
 
@@ -264,7 +385,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch, factor, o
         return [peers.Contender(each.output, lambda e=each: spoiled(e.call)) for each in found]
 
     monkeypatch.setattr(NumPyPeer, "contenders", wrong)
-    times, skipped = contest.contest(problem(), [NumPyPeer()], EFFORT, lambda text: None)
+    times, skipped = contest.contest(ROWS, problem(), [NumPyPeer()], EFFORT, lambda text: None)
     assert skipped["numpy"].startswith(f"failed: its result is not crossent's (off by {off}")
     assert "numpy" not in {each.name for each in times}
 
@@ -276,14 +397,14 @@ def test_a_compiler_that_fails_is_told():
         def prepare(self, threads):
             raise RuntimeError("no C++ compiler\nand many more lines")
 
-    times, skipped = contest.contest(problem(), [Broken()], EFFORT, lambda text: None)
+    times, skipped = contest.contest(ROWS, problem(), [Broken()], EFFORT, lambda text: None)
     assert skipped == {"torch-compile": "failed: no C++ compiler"}
     assert {each.name for each in times} == {"crossent", "copy", "copyto", "threads", "stream"}
 
 
 def test_kept_outputs_are_written():
     given = problem()
-    for kept in contest.ours(given), contest.copies(given).values():
+    for kept in ROWS.ours(given), ROWS.copies(given).values():
         for each in kept:
             contender = each if isinstance(each, peers.Contender) else each[1]
             if contender.output == "kept":
@@ -294,7 +415,7 @@ def test_kept_outputs_are_written():
 
 def test_an_output_lies_in_its_page_as_the_logits_do():
     for logits in (np.zeros((3, 5), np.float32), np.zeros(10**6)[3:].reshape(1, -1)):
-        kept = bench_rows.output_like(logits)
+        kept = output_like(logits)
         assert (kept.shape, kept.dtype) == (logits.shape, logits.dtype)
         assert (kept.ctypes.data - logits.ctypes.data) % 4096 == 0
 
@@ -352,106 +473,3 @@ def test_the_process_is_bound_to_as_many_cpus_and_released():
     assert (os.sched_getaffinity(0), crossent.get_num_threads()) == (cpus, before)
     with pytest.raises(InputError, match="this process may use"), machine.on_cpus(len(cpus) + 1):
         pass
-
-
-# Ratios -------------------------------------------------------------------------------------------
-
-
-def timed(name, kind, output, median):
-    return Timed(name, name.upper(), kind, output, timing.summary([median] * 3, 1))
-
-
-def group(*times, dtype="float32", task="loss+gradient"):
-    return Group("digits", "10 digits", (8, 10), -1, dtype, task, 320, times)
-
-
-MAIN = (
-    timed("crossent", "crossent", "fresh", 6.0),
-    timed("crossent", "crossent", "kept", 4.0),
-    timed("torch", "peer", "fresh", 30.0),
-    timed("jax", "peer", "fresh", 12.0),
-    timed("numpy", "peer", "fresh", 24.0),
-    timed("numpy", "peer", "kept", 8.0),
-    timed("copy", "copy", "fresh", 3.0),
-    timed("copyto", "copy", "kept", 5.0),
-    timed("threads", "copy", "kept", 2.5),
-    timed("stream", "copy", "kept", 2.0),
-)
-
-
-def test_ratios_by_hand():
-    found = {(r.output, r.over): (r.which, r.value) for r in group(*MAIN).ratios()}
-    assert found == {
-        ("fresh", "best peer"): ("JAX", 0.5),  # numpy's kept output is no rival of a fresh one
-        ("fresh", "x.copy()"): ("COPY", 2.0),
-        ("kept", "best peer"): ("NUMPY", 0.5),
-        ("kept", "numpy.copyto"): ("COPYTO", 0.8),
-        ("kept", "copy by all threads"): ("THREADS", 1.6),
-        ("kept", "fastest copy"): ("STREAM", 2.0),
-    }
-
-
-def test_a_loss_alone_is_held_against_the_copies_too():
-    times = [timed("crossent", "crossent", "none", 1.0), timed("torch", "peer", "none", 4.0)]
-    found = {r.over: r.value for r in group(*times, *MAIN[6:], task="loss").ratios()}
-    assert found == {
-        "best peer": 0.25,
-        "numpy.copyto": 0.2,
-        "copy by all threads": 0.4,
-        "fastest copy": 0.5,
-    }
-
-
-def report(*groups):
-    about = machine.machine() | {"cpu": "A processor", "isa": "x86-64-v3"}
-    who = ({"name": "torch", "title": "torch", "how": "eager", "skipped": None},)
-    versions = {"crossent": "0", "numpy": "2"}
-    return Report("2026-01-02T03:04:05", 2, about, versions, "In turn.", False, who, groups)
-
-
-def test_the_tables_by_hand():
-    half = group(timed("crossent", "crossent", "kept", 3.0), *MAIN[6:], dtype="bfloat16")
-    whole = report(group(*MAIN), half)
-    assert [(r.output, r.value) for r in whole.over_float32(half)] == [("kept", 0.75)]
-    assert whole.over_float32(whole.groups[0]) == []
-    lines = [" ".join(line.split()) for line in show.summary(whole).splitlines()]
-    assert lines[-2] == "loss+gradient float32 8×10 0.50 (JAX) 2.00 0.80 1.60 2.00 –"
-    assert lines[-1] == "loss+gradient bfloat16 8×10 – – 0.60 1.20 1.50 0.75"
-    page = show.markdown(whole)
-    assert "| loss+gradient | float32 | 8×10 | 0.50 (JAX) | 2.00 | 0.80 | 1.60 | 2.00 | – |" in page
-    assert "| **CROSSENT, out=** | 4000 ms | ± 0 % | 2.00 |" in page
-    block = show.block(group(*MAIN)).splitlines()
-    assert block[2].split() == ["STREAM", "2000", "ms", "±", "0", "%", "1.00", "×"]
-    assert block[-1].split()[0] == "TORCH"
-
-
-def test_the_picture_is_drawn_for_any_groups(tmp_path):
-    for k, groups in enumerate([[group(*MAIN)], [group(*MAIN[:3], task="loss")], []]):
-        draw(report(*groups), tmp_path / f"{k}.png")
-        assert (tmp_path / f"{k}.png").stat().st_size > 1000
-
-
-# The copies ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 1000, 2**18 - 1, 2**18 + 1, 3 * 2**18 + 77])
-@pytest.mark.parametrize("shift", [0, 1, 16, 63])
-def test_copies_are_whole_and_stay_within_their_bounds(streaming, n, shift):
-    source = np.random.default_rng(n).integers(0, 256, n + 200, dtype=np.uint8)
-    out = np.zeros_like(source)
-    _native.copy_bytes(out[shift : shift + n], source[7 : 7 + n], streaming)
-    np.testing.assert_array_equal(out[shift : shift + n], source[7 : 7 + n])
-    assert not out[:shift].any()
-    assert not out[shift + n :].any()
-
-
-def test_copies_refuse_what_would_touch_other_memory():
-    memory = np.zeros(100, np.uint8)
-    with pytest.raises(ValueError, match="as many bytes"):
-        _native.copy_bytes(memory[:10], memory[10:30], True)
-    with pytest.raises(ValueError, match="two places apart"):
-        _native.copy_bytes(memory[:10], memory[5:15], True)
-    memory.flags.writeable = False
-    with pytest.raises(TypeError):
-        _native.copy_bytes(memory[:10], memory[10:20], True)

@@ -2,171 +2,69 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.util
-import json
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
-from rich.console import Console
 
-from crossent.cli.bench import show
-from crossent.cli.bench.contest import contest
-from crossent.cli.bench.machine import available_bytes, machine, on_cpus, versions
-from crossent.cli.bench.peers import Peer, Problem, all_peers, missing
-from crossent.cli.bench.results import Group, Report
-from crossent.cli.bench.shapes import Shape, chosen, names
-from crossent.cli.bench.timing import METHOD, Effort
-from crossent.cli.output import new_folder, require_new_folder, unused
-
-FILES = frozenset({"rows.json", "rows.md", "rows.png"})
-SCALE = 3.0  # standard deviation of the logits
-THREADS = (
-    "The process is bound to as many CPUs as there are to be threads, before any peer is imported: "
-    "XLA, and any pool that counts CPUs, then starts as many threads. crossent, torch and "
-    "scikit-learn are told the number as well."
-)
-_COPIES = 7  # of the logits: what the greediest peer holds at once, beside what is kept
+import crossent
+from crossent import _native
+from crossent.cli.bench.benchmark import Benchmark, Column, Copies, Words
+from crossent.cli.bench.peers import Contender, Output, Problem, Task, all_peers
+from crossent.cli.bench.timing import Call
 
 
-@dataclass(frozen=True)
-class RowsSettings:
-    """What the command line asks for; None where it does not say."""
-
-    threads: int | None = None
-    repeats: int | None = None
-    seconds: float = 0.5
-    shapes: str | None = None
-    dtypes: str | None = None
-    tasks: str | None = None
-    peers: str | None = None
-    output: Path | None = None
-    force: bool = False
-    quick: bool = False
-
-    def effort(self) -> Effort:
-        """Return how long each contender is measured."""
-        if self.repeats is not None:
-            return Effort(math.inf, self.repeats, self.repeats)
-        return Effort(0.02, 3, 5) if self.quick else Effort(self.seconds, 5, 31)
-
-
-def bench_rows(settings: RowsSettings, console: Console) -> Report:
-    """Time everything, print it as it comes, and write the folder with the results.
-
-    Raises
-    ------
-    InputError
-        For a name that does not exist, more threads than CPUs, or a folder that cannot be made.
-    """
-    shapes = chosen(settings.shapes, settings.dtypes, settings.tasks, settings.quick)
-    known = {peer.name: peer for peer in all_peers()}
-    wanted = names("--peers", settings.peers, tuple(known))
-    absent = {
-        name: "not asked for" if name not in wanted else f"{lacking[0]} is not installed"
-        for name, peer in known.items()
-        if (lacking := missing(peer)) or name not in wanted
+def ours(problem: Problem) -> list[Contender]:
+    """Return crossent's own calls."""
+    x, t, axis, kept = problem.logits, problem.target, problem.axis, problem.kept
+    value_and_grad = crossent.cross_entropy_value_and_grad
+    if problem.task == "loss+gradient":
+        return [
+            Contender("fresh", lambda: value_and_grad(x, t, axis=axis)),
+            Contender("kept", lambda: value_and_grad(x, t, axis=axis, out=kept)),
+        ]
+    others: dict[Task, tuple[Call, Output]] = {
+        "loss": (lambda: crossent.cross_entropy(x, t, axis=axis), "none"),
+        "softmax": (lambda: crossent.softmax(x, axis=axis), "fresh"),
+        "log_softmax": (lambda: crossent.log_softmax(x, axis=axis), "fresh"),
+        "stats": (lambda: crossent.cross_entropy_stats(x, t, axis=axis), "none"),
     }
-    peers = [peer for name, peer in known.items() if name not in absent]
-    folder = settings.output or unused(Path("crossent-bench-rows"))
-    require_new_folder(folder, settings.force, FILES)
-    groups: list[Group] = []
-    with on_cpus(settings.threads) as threads:
-        about = machine()
-        console.print(show.heading(about, threads, absent))
-        for shape in shapes:
-            for group in _measured(shape, peers, threads, settings.effort(), console):
-                console.print(show.block(group))
-                groups.append(group)
-    report = Report(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        threads=threads,
-        machine=about,
-        versions=versions(),
-        method=f"{METHOD} Logits are normal with standard deviation {SCALE:g}. {THREADS}",
-        quick=settings.quick,
-        peers=tuple(
-            {"name": name, "title": peer.title, "how": peer.how, "skipped": absent.get(name)}
-            for name, peer in known.items()
-        ),
-        groups=tuple(groups),
-    )
-    console.print(show.summary(report))
-    _write(folder, settings.force, report)
-    console.print(f"written to {folder}: {', '.join(sorted(FILES))}")
-    return report
+    call, output = others[problem.task]
+    return [Contender(output, call)]
 
 
-def _measured(
-    shape: Shape, peers: list[Peer], threads: int, effort: Effort, console: Console
-) -> Iterator[Group]:
-    """Yield the timings of one shape in each of its dtypes and tasks."""
-    for dtype, tasks in shape.measured().items():
-        if dtype == "bfloat16" and not importlib.util.find_spec("ml_dtypes"):
-            console.print(f"\n{shape.name} {dtype}: skipped, ml_dtypes is not installed")
-            continue
-        logits, target = inputs(shape, dtype)
-        if _COPIES * logits.nbytes > available_bytes():
-            need = _COPIES * logits.nbytes / 1e9
-            console.print(
-                f"\n{shape.name} {dtype}: skipped, its peers need {need:.1f} GB of memory"
-            )
-            continue
-        kept = output_like(logits)
-        for task in tasks:
-            problem = Problem(task, logits, target, shape.axis, kept, threads)
-            with console.status(f"{shape.name} {dtype} {task}") as status:
-                times, skipped = contest(problem, peers, effort, status.update)
-            yield Group(
-                shape=shape.name,
-                use=shape.use,
-                logits=shape.logits,
-                axis=shape.axis,
-                dtype=dtype,
-                task=task,
-                nbytes=logits.nbytes,
-                times=times,
-                skipped=skipped,
-            )
+def copies(problem: Problem) -> Copies:
+    """Return the copies of the same bytes, by name, each with its title."""
+    x, kept = problem.logits, problem.kept
+    source, out = (array.reshape(-1).view(np.uint8) for array in (x, kept))
+
+    def by_all_threads(streaming: bool) -> Call:
+        return lambda: _native.copy_bytes(out, source, streaming)
+
+    return {
+        "copy": ("x.copy()", Contender("fresh", x.copy)),
+        "copyto": ("numpy.copyto", Contender("kept", lambda: np.copyto(kept, x))),
+        "threads": ("copy, all threads", Contender("kept", by_all_threads(False))),
+        "stream": ("copy, all threads, streaming", Contender("kept", by_all_threads(True))),
+    }
 
 
-def inputs(shape: Shape, dtype: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return logits and targets, the same in every run."""
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal(shape.logits, dtype=np.float32)
-    logits *= SCALE
-    rows = np.delete(shape.logits, shape.axis)
-    target = rng.integers(0, shape.logits[shape.axis], tuple(rows))
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return logits.astype(ml_dtypes.bfloat16), target
-    return logits.astype(dtype, copy=False), target
-
-
-def output_like(logits: NDArray[Any]) -> NDArray[Any]:
-    """Return an output whose pages exist and that lies in its first page where `logits` do.
-
-    Of NumPy's large arrays that is true anyway. Small ones lie anywhere, and where two places
-    differ by little modulo the size of a page some processors copy at a tenth of the speed
-    (https://lunnova.dev/articles/ryzen-slow-short-rep-mov).
-    """
-    page = 4096
-    memory = np.ones(logits.nbytes + page, np.uint8)
-    start = (logits.ctypes.data - memory.ctypes.data) % page
-    return memory[start : start + logits.nbytes].view(logits.dtype).reshape(logits.shape)
-
-
-def _write(folder: Path, force: bool, report: Report) -> None:
-    from crossent.cli.bench.picture import draw
-
-    with new_folder(folder, force, FILES) as staging:
-        text = json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        (staging / "rows.json").write_text(text + "\n", encoding="utf-8")
-        (staging / "rows.md").write_text(show.markdown(report), encoding="utf-8")
-        draw(report, staging / "rows.png")
+WORDS = Words(
+    name="rows",
+    columns=(
+        Column("best peer", "best peer"),
+        Column("x.copy()", "x.copy()"),
+        Column("copyto", "numpy.copyto", "kept"),
+        Column("threads' copy", "copy by all threads", "kept"),
+        Column("fastest copy", "fastest copy", "kept"),
+    ),
+    base="fastest copy",
+    base_text="the copy",
+    axis="threads",
+    axis_text="a plain copy of the logits by as many threads",
+    title="Softmax cross-entropy and its gradient",
+    caption="Peers make a new array, and so does crossent but for out=; a copy goes to an array "
+    "that exists.",
+    packages=("numpy", "scikit-learn", "torch", "jax"),
+    ratios="Fresh: the result is a new array, as it is for `x.copy()`; kept: `out=` names an array "
+    "that exists, as for the other copies.",
+    times="the last column is over the fastest copy into an array that exists.",
+)
+ROWS = Benchmark(WORDS, all_peers, ours, copies)

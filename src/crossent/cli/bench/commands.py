@@ -1,14 +1,43 @@
 """The commands of `crossent bench` and their options."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from crossent.cli.bench.benchmark import Benchmark
 
 app = typer.Typer(
     help="Time this library and its peers in one run, on the same inputs.",
     rich_markup_mode=None,
 )
+
+
+_Threads = Annotated[
+    int | None, typer.Option(help="Of every contender (all usable CPUs if not given).")
+]
+_Seconds = Annotated[float, typer.Option(min=0.001, help="Time for each contender and shape.")]
+_Repeats = Annotated[
+    int | None, typer.Option(min=1, help="Rounds for each shape, in place of --seconds.")
+]
+_Shapes = Annotated[str | None, typer.Option(help="Names, separated by commas (all if not given).")]
+_Dtypes = Annotated[
+    str | None,
+    typer.Option(help="float64, float32, float16, bfloat16 (if not given, as suits a shape)."),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="New folder (if not given crossent-bench-BENCHMARK, numbered where that exists).",
+    ),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace an older output folder.")]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Few rows and rounds, to see that all works.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -20,22 +49,11 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def rows(
-    threads: Annotated[
-        int | None, typer.Option(help="Of every contender (all usable CPUs if not given).")
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.001, help="Time for each contender and shape.")
-    ] = 0.5,
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Rounds for each shape, in place of --seconds.")
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option(help="Names, separated by commas (all if not given).")
-    ] = None,
-    dtypes: Annotated[
-        str | None,
-        typer.Option(help="float64, float32, float16, bfloat16 (if not given, as suits a shape)."),
-    ] = None,
+    threads: _Threads = None,
+    seconds: _Seconds = 0.5,
+    repeats: _Repeats = None,
+    shapes: _Shapes = None,
+    dtypes: _Dtypes = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -50,34 +68,42 @@ def rows(
             "given)."
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="New folder (if not given crossent-bench-rows, numbered where that exists).",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older output folder.")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few rows and rounds, to see that all works.")
-    ] = False,
+    output: _Output = None,
+    force: _Force = False,
+    quick: _Quick = False,
 ) -> None:
     """Loss and gradient of rows of logits, against peers and plain copies; writes a new folder."""
+    from crossent.cli.bench.bench_rows import ROWS
+
+    _run(ROWS, threads, repeats, seconds, shapes, dtypes, tasks, peers, output, force, quick)
+
+
+@app.command()
+def torch_rows(
+    threads: _Threads = None,
+    seconds: _Seconds = 0.5,
+    repeats: _Repeats = None,
+    shapes: _Shapes = None,
+    dtypes: _Dtypes = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="torch, torch-compile, crossent-compile (all if not given); crossent is always in."
+        ),
+    ] = None,
+    output: _Output = None,
+    force: _Force = False,
+    quick: _Quick = False,
+) -> None:
+    """Loss and backward pass from PyTorch, against its own loss; writes a new folder."""
+    from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
+
+    _run(TORCH_ROWS, threads, repeats, seconds, shapes, dtypes, None, peers, output, force, quick)
+
+
+def _run(benchmark: "Benchmark", *given: Any) -> None:
     from rich.console import Console
 
-    from crossent.cli.bench.bench_rows import RowsSettings, bench_rows
+    from crossent.cli.bench.run import Settings, run
 
-    settings = RowsSettings(
-        threads=threads,
-        repeats=repeats,
-        seconds=seconds,
-        shapes=shapes,
-        dtypes=dtypes,
-        tasks=tasks,
-        peers=peers,
-        output=output,
-        force=force,
-        quick=quick,
-    )
-    bench_rows(settings, Console(highlight=False, markup=False, soft_wrap=True))
+    run(benchmark, Settings(*given), Console(highlight=False, markup=False, soft_wrap=True))

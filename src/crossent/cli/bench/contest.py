@@ -9,19 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import crossent
-from crossent import _native
-from crossent.cli.bench.peers import (
-    Arrays,
-    Contender,
-    Output,
-    Peer,
-    Problem,
-    Task,
-    Unserved,
-)
+from crossent.cli.bench.benchmark import Benchmark
+from crossent.cli.bench.peers import Arrays, Contender, Peer, Problem, Unserved
 from crossent.cli.bench.results import Kind, Timed
-from crossent.cli.bench.timing import Call, Effort, interleaved
+from crossent.cli.bench.timing import Effort, interleaved
 from crossent.cli.errors import first_line
 
 _ROWS = 64  # at most, of those that are compared
@@ -36,12 +27,17 @@ _TOLERANCE = {
 
 
 def contest(
-    problem: Problem, peers: list[Peer], effort: Effort, tell: Callable[[str], object]
+    benchmark: Benchmark,
+    problem: Problem,
+    peers: list[Peer],
+    effort: Effort,
+    tell: Callable[[str], object],
 ) -> tuple[tuple[Timed, ...], dict[str, str]]:
     """Return the times of everybody who solves `problem`, and why the other peers do not.
 
     Parameters
     ----------
+    benchmark : Benchmark
     problem : Problem
     peers : list of Peer
         All installed.
@@ -50,7 +46,7 @@ def contest(
         Is told what goes on.
     """
     entered: dict[tuple[str, str], tuple[str, Kind, Contender]] = {}
-    for contender in ours(problem):
+    for contender in benchmark.ours(problem):
         entered["crossent", contender.output] = ("crossent", "crossent", contender)
     expected = _sampled(problem, next(iter(entered.values()))[2])
     skipped: dict[str, str] = {}
@@ -66,9 +62,10 @@ def contest(
         except Exception as error:  # whatever a peer, or the compiler it needs, may raise
             skipped[peer.name] = f"failed: {first_line(error)}"
         else:
+            kind: Kind = "crossent" if peer.package == "crossent" else "peer"
             for contender in contenders:
-                entered[peer.name, contender.output] = (peer.title, "peer", contender)
-    for name, (title, contender) in copies(problem).items():
+                entered[peer.name, contender.output] = (peer.title, kind, contender)
+    for name, (title, contender) in benchmark.copies(problem).items():
         entered[name, contender.output] = (title, "copy", contender)
         contender.call()
     tell(f"timing {_text(problem)}")
@@ -79,41 +76,6 @@ def contest(
         for key, (title, kind, contender) in entered.items()
     )
     return times, skipped
-
-
-def ours(problem: Problem) -> list[Contender]:
-    """Return crossent's own calls."""
-    x, t, axis, kept = problem.logits, problem.target, problem.axis, problem.kept
-    value_and_grad = crossent.cross_entropy_value_and_grad
-    if problem.task == "loss+gradient":
-        return [
-            Contender("fresh", lambda: value_and_grad(x, t, axis=axis)),
-            Contender("kept", lambda: value_and_grad(x, t, axis=axis, out=kept)),
-        ]
-    others: dict[Task, tuple[Call, Output]] = {
-        "loss": (lambda: crossent.cross_entropy(x, t, axis=axis), "none"),
-        "softmax": (lambda: crossent.softmax(x, axis=axis), "fresh"),
-        "log_softmax": (lambda: crossent.log_softmax(x, axis=axis), "fresh"),
-        "stats": (lambda: crossent.cross_entropy_stats(x, t, axis=axis), "none"),
-    }
-    call, output = others[problem.task]
-    return [Contender(output, call)]
-
-
-def copies(problem: Problem) -> dict[str, tuple[str, Contender]]:
-    """Return the copies of the same bytes, by name, each with its title."""
-    x, kept = problem.logits, problem.kept
-    source, out = (array.reshape(-1).view(np.uint8) for array in (x, kept))
-
-    def by_all_threads(streaming: bool) -> Call:
-        return lambda: _native.copy_bytes(out, source, streaming)
-
-    return {
-        "copy": ("x.copy()", Contender("fresh", x.copy)),
-        "copyto": ("numpy.copyto", Contender("kept", lambda: np.copyto(kept, x))),
-        "threads": ("copy, all threads", Contender("kept", by_all_threads(False))),
-        "stream": ("copy, all threads, streaming", Contender("kept", by_all_threads(True))),
-    }
 
 
 def _sampled(problem: Problem, contender: Contender) -> Arrays:

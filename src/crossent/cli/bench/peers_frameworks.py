@@ -33,7 +33,7 @@ def _torch_contender(function: Callable[[Any, Any], Any], problem: Problem) -> C
     """Time a function of logits and target, through the backward pass if that is the task."""
     import torch
 
-    logits, target = _as_tensor(problem.logits), torch.from_numpy(problem.target)
+    logits, target = as_tensor(problem.logits), torch.from_numpy(problem.target)
     if problem.task == "loss+gradient":
         leaf = logits.requires_grad_()
 
@@ -42,16 +42,17 @@ def _torch_contender(function: Callable[[Any, Any], Any], problem: Problem) -> C
             (grad,) = torch.autograd.grad(loss, leaf)
             return loss, grad
 
-        return Contender("fresh", value_and_grad, _from_tensors)
+        return Contender("fresh", value_and_grad, from_tensors)
 
     def value() -> Any:
         with torch.inference_mode():
             return function(logits, target)
 
-    return Contender("none" if problem.task == "loss" else "fresh", value, _from_tensors)
+    return Contender("none" if problem.task == "loss" else "fresh", value, from_tensors)
 
 
-def _as_tensor(array: Any) -> Any:
+def as_tensor(array: Any) -> Any:
+    """Return the tensor on an array's memory; bfloat16 as PyTorch's."""
     import torch
 
     if array.dtype.name != "bfloat16":
@@ -59,7 +60,8 @@ def _as_tensor(array: Any) -> Any:
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
-def _from_tensors(result: Any) -> Arrays:
+def from_tensors(result: Any) -> Arrays:
+    """Return a result, one tensor or a tuple of them, as arrays; bfloat16 as float32."""
     import torch
 
     def one(tensor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The picture of a run: each contender's time over a plain copy, one line a shape."""
+"""The picture of a run: each contender's time over a common base, one line a shape."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _LOOKS: dict[tuple[str, str], tuple[str, str, float]] = {
     ("crossent", "kept"): ("D", _OURS, 12),
     ("crossent", "fresh"): ("o", _OURS, 8),
     ("crossent", "none"): ("o", _OURS, 8),
+    ("crossent-compile", ""): ("h", "#6fa3dd", 9),
     ("torch", ""): ("s", "#c2571a", 7),
     ("torch-compile", ""): ("P", "#e09a2b", 8),
     ("jax", ""): ("^", "#6f4ba0", 8),
@@ -48,16 +49,16 @@ def draw(report: Report, path: Path) -> None:
         figure = Figure(figsize=(10, 2.3 + 0.58 * len(groups)), dpi=150, layout="constrained")
         axes = figure.subplots()
         for place, group in enumerate(groups):
-            _line(axes, place, group)
-        _frame(axes, groups)
+            _line(axes, place, group, report.words.axis)
+        _frame(axes, groups, report.words.axis_text)
         _legend(figure, axes, _title(report, bool(main)))
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8.5, color=_MUTED)
         figure.savefig(path, facecolor="white", metadata={"Software": None})
 
 
-def _line(axes: Axes, place: int, group: Group) -> None:
+def _line(axes: Axes, place: int, group: Group, over: str) -> None:
     """Draw one shape's contenders, the peers first and ours on top."""
-    base = group.time("threads", "kept")
+    base = group.base(over)
     if base is None:
         return
     unit = base.timing.median
@@ -82,7 +83,7 @@ def _line(axes: Axes, place: int, group: Group) -> None:
             markerfacecolor="none" if ours and each.output == "kept" else colour,
             markeredgecolor=colour if ours else "white",
             markeredgewidth=1.6 if ours and each.output == "kept" else 0.8,
-            label=_legend_label(each),
+            label=_legend_label(each, group),
             zorder=4 if ours else 3,
         )
     fastest = group.fastest_copy()
@@ -127,13 +128,13 @@ def _look(timed: Timed) -> tuple[str, str, float]:
     return _LOOKS.get((timed.name, timed.output)) or _LOOKS[timed.name, ""]
 
 
-def _legend_label(timed: Timed) -> str:
-    if timed.kind == "crossent" and timed.output == "fresh":
-        return "crossent, new array"
+def _legend_label(timed: Timed, group: Group) -> str:
+    if (timed.kind, timed.output) == ("crossent", "fresh") and group.time(timed.name, "kept"):
+        return f"{timed.title}, new array"
     return label(timed)
 
 
-def _frame(axes: Axes, groups: list[Group]) -> None:
+def _frame(axes: Axes, groups: list[Group], over: str) -> None:
     axes.axvline(1, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
@@ -156,7 +157,7 @@ def _frame(axes: Axes, groups: list[Group]) -> None:
         fontsize=10,
     )
     axes.set_ylim(max(len(groups), 1) - 0.5, -0.5)
-    axes.set_xlabel("time over a plain copy of the logits by as many threads (log scale)")
+    axes.set_xlabel(f"time over {over} (log scale)")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
@@ -179,18 +180,17 @@ def _legend(figure: Figure, axes: Axes, title: str) -> None:
 
 
 def _title(report: Report, main: bool) -> str:
-    what = "Softmax cross-entropy and its gradient, float32" if main else "crossent and its peers"
+    what = f"{report.words.title}, float32" if main else "crossent and its peers"
     return f"{what}, {report.threads} thread{'s' if report.threads > 1 else ''}"
 
 
 def _caption(report: Report) -> str:
-    peers = ("numpy", "scikit-learn", "torch", "jax")
+    words = report.words
     found = ", ".join(
-        f"{name} {report.versions[name]}" for name in peers if name in report.versions
+        f"{name} {report.versions[name]}" for name in words.packages if name in report.versions
     )
     quick = " A quick run: these figures mean little." if report.quick else ""
     return (
         f"{report.machine['cpu']}, {report.machine['isa']}; {found}; {report.date[:10]}.\n"
-        "Medians with quartiles. Peers make a new array, and so does crossent but for out=; a copy "
-        f"goes to an array that exists.{quick}"
+        f"Medians with quartiles. {words.caption}{quick}"
     )

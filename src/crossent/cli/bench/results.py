@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from crossent.cli.bench.benchmark import Words
 from crossent.cli.bench.peers import Output, Task
 from crossent.cli.bench.timing import Timing
 
@@ -31,16 +32,20 @@ class Ratio:
 
     Parameters
     ----------
+    name : str
+        Which of ours.
     output
         Where ours put its result.
     over : str
-        "best peer", "numpy.copyto", "x.copy()", "copy by all threads", "fastest copy" or "float32".
+        "best peer", a peer's title, "numpy.copyto", "x.copy()", "copy by all threads", "fastest
+        copy" or "float32".
     which : str
         The one that `over` came to be, as the tables call it.
     value : float
         Below 1 ours is faster.
     """
 
+    name: str
     output: Output
     over: str
     which: str
@@ -70,19 +75,27 @@ class Group:
         copies = (t for t in self.times if t.kind == "copy" and t.output == "kept")
         return min(copies, key=lambda t: t.timing.median, default=None)
 
-    def best_peer(self, output: Output) -> Timed | None:
-        """Return the fastest peer; one that makes its output anew may stand in for a kept one."""
+    def base(self, name: str) -> Timed | None:
+        """Return what times are shown over: a contender by its name, or the fastest copy."""
+        if name == "fastest copy":
+            return self.fastest_copy()
+        return next((t for t in self.times if t.name == name), None)
+
+    def peers(self, output: Output) -> list[Timed]:
+        """Return the peers, the fastest first; a fresh output may stand in for a kept one."""
         allowed = ("kept", "fresh") if output == "kept" else (output,)
         peers = (t for t in self.times if t.kind == "peer" and t.output in allowed)
-        return min(peers, key=lambda t: t.timing.median, default=None)
+        return sorted(peers, key=lambda t: t.timing.median)
 
     def ratios(self) -> list[Ratio]:
-        """Return our times over the best peer's and over the copies', fresh over fresh."""
+        """Return our times over every peer's and over the copies', fresh over fresh."""
         found = []
         for ours in self.times:
             if ours.kind != "crossent":
                 continue
-            rivals = {"best peer": self.best_peer(ours.output)}
+            peers = self.peers(ours.output)
+            rivals: dict[str, Timed | None] = {peer.title: peer for peer in reversed(peers)}
+            rivals["best peer"] = peers[0] if peers else None
             if ours.output == "fresh":
                 rivals["x.copy()"] = self.time("copy", "fresh")
             else:
@@ -90,21 +103,23 @@ class Group:
                 rivals["copy by all threads"] = self.time("threads", "kept")
                 rivals["fastest copy"] = self.fastest_copy()
             found += [
-                Ratio(ours.output, over, rival.title, ours.timing.median / rival.timing.median)
+                _ratio(ours, over, rival, rival.title)
                 for over, rival in rivals.items()
                 if rival is not None
             ]
         return found
 
-    def ratio(self, output: Output, over: str) -> Ratio | None:
+    def ratio(self, output: Output, over: str, name: str = "crossent") -> Ratio | None:
         """Return one of `ratios`."""
-        return next((r for r in self.ratios() if (r.output, r.over) == (output, over)), None)
+        key = (name, output, over)
+        return next((r for r in self.ratios() if (r.name, r.output, r.over) == key), None)
 
 
 @dataclass(frozen=True)
 class Report:
     """A whole run."""
 
+    words: Words
     date: str
     threads: int
     machine: dict[str, Any]
@@ -122,7 +137,7 @@ class Report:
         plain = next((g for g in self.groups if (g.shape, g.task, g.dtype) == key), None)
         pairs = ((t, plain.time(t.name, t.output)) for t in group.times) if plain else ()
         return [
-            Ratio(ours.output, "float32", "crossent", ours.timing.median / base.timing.median)
+            _ratio(ours, "float32", base, "crossent")
             for ours, base in pairs
             if ours.kind == "crossent" and base is not None
         ]
@@ -130,7 +145,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return everything in plain types; times in seconds a call."""
         head = {
-            "benchmark": "rows",
+            "benchmark": self.words.name,
             "schema": SCHEMA,
             "date": self.date,
             "threads": self.threads,
@@ -151,3 +166,7 @@ class Report:
         ]
         ratios = [dataclasses.asdict(ratio) for ratio in group.ratios() + self.over_float32(group)]
         return fields | {"n_logits": math.prod(group.logits), "times": times, "ratios": ratios}
+
+
+def _ratio(ours: Timed, over: str, base: Timed, which: str) -> Ratio:
+    return Ratio(ours.name, ours.output, over, which, ours.timing.median / base.timing.median)

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from crossent.cli.bench.benchmark import Words
 from crossent.cli.bench.peers import Output
 from crossent.cli.bench.results import Group, Ratio, Report, Timed
 from crossent.cli.bench.timing import Timing
-
-_SUMMARY: tuple[tuple[Output, str, str], ...] = (
-    ("fresh", "best peer", "best peer"),
-    ("fresh", "x.copy()", "x.copy()"),
-    ("kept", "numpy.copyto", "copyto"),
-    ("kept", "copy by all threads", "threads' copy"),
-    ("kept", "fastest copy", "fastest copy"),
-)
 
 
 def heading(machine: dict[str, Any], threads: int, absent: dict[str, str]) -> str:
@@ -26,9 +19,9 @@ def heading(machine: dict[str, Any], threads: int, absent: dict[str, str]) -> st
     return "\n".join(lines)
 
 
-def block(group: Group) -> str:
-    """Return one problem's times, each over the fastest copy, the fastest contender first."""
-    base = group.fastest_copy()
+def block(group: Group, words: Words) -> str:
+    """Return one problem's times, each over the benchmark's base, the fastest contender first."""
+    base = group.base(words.base)
     lines = [f"\n{group.task}, {group.dtype}, {_sizes(group)}: {group.use} ({group.shape})"]
     for each in sorted(group.times, key=lambda each: each.timing.median):
         timing = each.timing
@@ -56,7 +49,7 @@ def label(timed: Timed) -> str:
 
 def summary(report: Report) -> str:
     """Return the ratios of the main task as a table for the console."""
-    lines = [_summary_heads(), *_summary_lines(report)]
+    lines = [_summary_heads(report.words), *_summary_lines(report)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join(cell.ljust(w) if k < 3 else cell.rjust(w) for k, (cell, w) in enumerate(pairs))
@@ -67,10 +60,10 @@ def summary(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """Return the page that goes with the JSON: ratios, times, the machine and the method."""
-    machine, versions = report.machine, report.versions
+    machine, versions, words = report.machine, report.versions, report.words
     caches = ", ".join(machine["caches"])
     parts = [
-        f"# crossent bench rows, {report.date[:10]}\n",
+        f"# crossent bench {words.name}, {report.date[:10]}\n",
         f"{machine['cpu']} ({machine['architecture']}, {machine['cpus_usable']} CPUs; {caches}; "
         f"{machine['memory_gib']} GiB; huge pages: {machine['huge_pages']}), {machine['system']}. "
         f"**{report.threads} threads, {machine['isa']}.** "
@@ -80,33 +73,33 @@ def markdown(report: Report) -> str:
     if report.quick:
         parts.append("**A quick run with few rows: these figures mean little.**\n")
     parts += [
-        "![Time of each contender over a plain copy of the logits](rows.png)\n",
+        f"![Time of each contender over {words.axis_text}]({words.name}.png)\n",
         "## crossent's time over others'\n",
-        "Below 1 crossent is faster. Fresh: the result is a new array, as it is for `x.copy()`; "
-        "kept: `out=` names an array that exists, as for the other copies.\n",
-        _table([_summary_heads(), *_summary_lines(report)], 3),
+        f"Below 1 crossent is faster. {words.ratios}\n",
+        _table([_summary_heads(report.words), *_summary_lines(report)], 3),
         "## Times\n",
-        "Medians ± half the distance of the quartiles; the last column is over the fastest copy "
-        "into an array that exists.\n",
+        f"Medians ± half the distance of the quartiles; {words.times}\n",
     ]
-    parts += [_group(group) for group in report.groups]
+    parts += [_group(group, words) for group in report.groups]
     parts += ["## Who, and how\n", _who(report), "\n" + report.method]
     return "\n".join(parts) + "\n"
 
 
-def _summary_heads() -> tuple[str, ...]:
-    return ("task", "dtype", "logits", *(head for _, _, head in _SUMMARY), "float32")
+def _summary_heads(words: Words) -> tuple[str, ...]:
+    return ("task", "dtype", "logits", *(column.head for column in words.columns), "float32")
 
 
 def _summary_lines(report: Report) -> list[tuple[str, ...]]:
     lines = []
     for group in report.groups:
         cells = []
-        for output, over, _ in _SUMMARY:
-            plain = over == "best peer" or output == "kept"
-            ratio = group.ratio(output, over) or (group.ratio("none", over) if plain else None)
-            cells.append(_ratio(ratio))
-        other = report.over_float32(group)
+        for column in report.words.columns:
+            outputs: list[Output] = [column.output]
+            if column.over == "best peer" or column.output == "kept":
+                outputs.append("none")
+            found = (group.ratio(output, column.over, column.name) for output in outputs)
+            cells.append(_ratio(next(filter(None, found), None)))
+        other = [ratio for ratio in report.over_float32(group) if ratio.name == "crossent"]
         lines.append(
             (group.task, group.dtype, _sizes(group), *cells, _ratio(other[-1] if other else None))
         )
@@ -120,9 +113,9 @@ def _ratio(ratio: Ratio | None) -> str:
     return f"{text} ({ratio.which})" if ratio.over == "best peer" else text
 
 
-def _group(group: Group) -> str:
-    base = group.fastest_copy()
-    lines: list[tuple[str, ...]] = [("", "time", "spread", "over the copy")]
+def _group(group: Group, words: Words) -> str:
+    base = group.base(words.base)
+    lines: list[tuple[str, ...]] = [("", "time", "spread", f"over {words.base_text}")]
     for each in sorted(group.times, key=lambda each: each.timing.median):
         over = f"{each.timing.median / base.timing.median:.2f}" if base else "–"
         name = f"**{label(each)}**" if each.kind == "crossent" else label(each)
