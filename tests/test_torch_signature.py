@@ -108,6 +108,18 @@ def test_a_subclass_may_take_the_call_over():
     assert torch.equal(found.as_subclass(torch.Tensor), crossent.torch.cross_entropy(input, target))
 
 
+def test_statistics_of_a_subclass():
+    class Mine(torch.Tensor):
+        pass
+
+    input, target = torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1])
+    mine = crossent.torch.cross_entropy_stats(input.as_subclass(Mine), target)
+    for found, plain in zip(mine, crossent.torch.cross_entropy_stats(input, target), strict=True):
+        assert torch.equal(torch.Tensor(found), plain)
+    (slope,) = torch.autograd.grad(mine.entropy.sum(), input)
+    assert slope.abs().sum() > 0
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 X, Y = np.zeros((4, 3)), np.array([0, 1, 2, 0])

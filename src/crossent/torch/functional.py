@@ -206,18 +206,6 @@ def cross_entropy_stats(
     """
     where = "cross_entropy_stats"
     tensors = (input, target, sample_weight)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            cross_entropy_stats,
-            tensors,
-            input,
-            target,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            dim=dim,
-        )
     _check(where, input, target)
     axis = class_axis(where, input, dim)
     # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
