@@ -3,29 +3,34 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <utility>
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace crossent {
 
 #if defined(__x86_64__)
 namespace isa_v2 {
 extern const Kernels kernels;
-}
+extern const GemmTable gemm;
+}  // namespace isa_v2
 namespace isa_v3 {
 extern const Kernels kernels;
-}
+extern const GemmTable gemm;
+}  // namespace isa_v3
 namespace isa_v4 {
 extern const Kernels kernels;
-}
+extern const GemmTable gemm;
+}  // namespace isa_v4
 namespace isa_v4bf16 {
 extern const Kernels kernels;
-}
+extern const GemmTable gemm;
+}  // namespace isa_v4bf16
 #else
 namespace isa_base {
 extern const Kernels kernels;
-}
+extern const GemmTable gemm;
+}  // namespace isa_base
 #endif
 
 namespace {
@@ -33,6 +38,7 @@ namespace {
 struct Isa {
   const char* name;
   const Kernels* kernels;
+  const GemmTable* gemm;
 };
 
 // Best first, and only what the CPU and the operating system support.
@@ -61,12 +67,13 @@ const std::vector<Isa>& isas() {
 #endif
       return __builtin_cpu_supports("avx512bf16") != 0;
     };
-    if (has_v4() && has_bf16()) list.push_back({"x86-64-v4-bf16", &isa_v4bf16::kernels});
-    if (has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels});
-    if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels});
-    list.push_back({"x86-64-v2", &isa_v2::kernels});
+    if (has_v4() && has_bf16())
+      list.push_back({"x86-64-v4-bf16", &isa_v4bf16::kernels, &isa_v4bf16::gemm});
+    if (has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels, &isa_v4::gemm});
+    if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels, &isa_v3::gemm});
+    list.push_back({"x86-64-v2", &isa_v2::kernels, &isa_v2::gemm});
 #else
-    list.push_back({"base", &isa_base::kernels});
+    list.push_back({"base", &isa_base::kernels, &isa_base::gemm});
 #endif
     return list;
   }();
@@ -80,56 +87,12 @@ const Isa& current() {
   return isa ? *isa : isas().front();
 }
 
-// One thread's scratch. Small slots stay for the next call; a large one goes with its thread's
-// task, so that one huge row does not keep its memory for ever.
-struct Scratch {
-  static constexpr int kSlots = 8;
-  static constexpr int64_t kKeep = int64_t{16} << 20;
-  struct Slot {
-    void* data = nullptr;
-    int64_t bytes = 0;
-  } slots[kSlots];
-
-  void* get(int slot, int64_t bytes) {
-    Slot& s = slots[slot];
-    if (bytes <= s.bytes) return s.data;
-    std::free(s.data);
-    const int64_t whole = (bytes + 4095) / 4096 * 4096;
-    s.data = std::aligned_alloc(4096, static_cast<size_t>(whole));
-    s.bytes = s.data ? whole : 0;
-    return s.data;
-  }
-  void trim(int64_t keep) {
-    for (Slot& s : slots)
-      if (s.bytes > keep) {
-        std::free(s.data);
-        s = {};
-      }
-  }
-  ~Scratch() { trim(0); }
-};
-thread_local Scratch thread_scratch;
-
-// A poll runs Python's signal handlers, and those may call us in the middle of a row: a run within
-// a run has scratch of its own, so that what the outer one holds stays.
-thread_local int runs_under_way = 0;
-struct OwnScratch {
-  OwnScratch() {
-    if (runs_under_way++ > 0) std::swap(mine.slots, thread_scratch.slots);
-  }
-  ~OwnScratch() {
-    if (--runs_under_way > 0) std::swap(mine.slots, thread_scratch.slots);
-  }
-  OwnScratch(const OwnScratch&) = delete;
-  Scratch mine;
-};
-
 // Work of about this many logits is worth handing to a thread.
 constexpr int64_t kTaskLogits = 32768;
 
 }  // namespace
 
-void* scratch(int slot, int64_t bytes) { return thread_scratch.get(slot, bytes); }
+const GemmTable& gemm_kernels() { return *current().gemm; }
 void report_out_of_memory(const RowJob& job) {
   __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
 }
@@ -228,7 +191,7 @@ class Run {
         n,
         [&](int64_t k) {
           task(k, serve);
-          thread_scratch.trim(Scratch::kKeep);
+          trim_scratch();
         },
         poll_, poll_context_);
   }
@@ -267,7 +230,7 @@ class Run {
       if (total_ && !mine.loss) mine.loss = &loss, mine.first_loss = i;
       going = row_in_parts(mine, i, n, at) && !no_memory_;
       if (going && total_) add_up(i, mine, i, i + 1);
-      thread_scratch.trim(Scratch::kKeep);
+      trim_scratch();
       // parallel_for asks after 50 ms, and may have been done by then each time.
       if (going && poll_) going = poll_(poll_context_);
     }

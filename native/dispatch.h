@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm.h"
 #include "rows.h"
 
 namespace crossent {
@@ -16,6 +17,9 @@ std::vector<std::string> available_isas();
 std::string current_isa();
 // False, and nothing changes, if `name` is not available.
 bool set_isa(const std::string& name);
+
+// Of the one in use.
+const GemmTable& gemm_kernels();
 
 enum class Outcome { kDone, kCancelled, kOutOfMemory, kBadTarget };
 

@@ -12,6 +12,7 @@
 
 #include "copy.h"
 #include "dispatch.h"
+#include "gemm.h"
 #include "parallel.h"
 
 namespace nb = nanobind;
@@ -93,13 +94,7 @@ bool poll_signals(void*) {
   return PyErr_CheckSignals() == 0;
 }
 
-void run_released(const RowJob& job, double* total = nullptr) {
-  if (job.n_rows == 0) return;
-  Outcome outcome;
-  {
-    nb::gil_scoped_release release;
-    outcome = run(job, total, poll_signals, nullptr);
-  }
+void raise_unless_done(Outcome outcome) {
   if (outcome == Outcome::kCancelled) {
     // A signal handler that forked leaves the child without the other threads' share (parallel.h).
     if (!PyErr_Occurred()) throw std::runtime_error("the call was cut short by a fork");
@@ -107,6 +102,16 @@ void run_released(const RowJob& job, double* total = nullptr) {
   }
   if (outcome == Outcome::kOutOfMemory) throw std::bad_alloc();
   require(outcome != Outcome::kBadTarget, "target out of range");
+}
+
+void run_released(const RowJob& job, double* total = nullptr) {
+  if (job.n_rows == 0) return;
+  Outcome outcome;
+  {
+    nb::gil_scoped_release release;
+    outcome = run(job, total, poll_signals, nullptr);
+  }
+  raise_unless_done(outcome);
 }
 
 RowJob job_for(const ReadOnly& logits) {
@@ -247,6 +252,49 @@ nb::tuple scan(const Numbers<int64_t>& target, int64_t n_classes, int64_t skip,
   return nb::make_tuple(found.first_bad, found.kept, found.weight_sum);
 }
 
+template <class A>
+Matrix matrix_of(const A& array) {
+  require(array.ndim() == 2, "expected a matrix");
+  Matrix m;
+  m.dtype = dtype_of(array.dtype());
+  const int64_t size = size_of(m.dtype);
+  m.data = static_cast<const char*>(array.data());
+  m.rows = static_cast<int64_t>(array.shape(0));
+  m.cols = static_cast<int64_t>(array.shape(1));
+  m.row_stride = array.stride(0) * size;
+  m.col_stride = array.stride(1) * size;
+  return m;
+}
+
+// out = or += a b, and the bias.
+void matmul(const ReadOnly& a, const ReadOnly& b, const Array& out, bool accumulate,
+            const std::optional<ReadOnly>& bias) {
+  const Matrix left = matrix_of(a), right = matrix_of(b), to = matrix_of(out);
+  require(left.cols == right.rows, "expected as many columns of a as rows of b");
+  require(to.rows == left.rows && to.cols == right.cols, "expected out of the product's shape");
+  const bool wide = left.dtype == Dtype::kFloat64 || right.dtype == Dtype::kFloat64;
+  const Dtype dtype = wide ? Dtype::kFloat64 : Dtype::kFloat32;
+  const int64_t size = size_of(dtype);
+  require(to.dtype == dtype, "expected out in float32, or float64 where a or b is");
+  if (to.rows == 0 || to.cols == 0) return;
+  require(
+      (to.col_stride == size || to.cols == 1) && (to.row_stride >= to.cols * size || to.rows == 1),
+      "expected out with contiguous rows");
+  if (bias) {
+    require(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == to.cols,
+            "expected one bias a column");
+    require(dtype_of(bias->dtype()) == dtype && (bias->stride(0) == 1 || to.cols == 1),
+            "expected a contiguous bias of out's dtype");
+  }
+  Outcome outcome;
+  {
+    nb::gil_scoped_release release;
+    outcome = multiply(left, right, static_cast<char*>(out.data()), to.row_stride / size,
+                       accumulate, bias ? bias->data() : nullptr, poll_signals, nullptr);
+  }
+  raise_unless_done(outcome);
+}
+
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
@@ -272,6 +320,8 @@ NB_MODULE(_native, m) {
         "row_weight"_a.noconvert().none(), "skip"_a, "logit_scale"_a, "softcap"_a);
   m.def("scan_targets", scan, "target"_a.noconvert(), "n_classes"_a, "skip"_a,
         "row_weight"_a.noconvert().none(), "class_weight"_a.noconvert().none());
+  m.def("matmul", matmul, "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a,
+        "bias"_a.noconvert().none());
   m.def("copy_bytes", copy, "out"_a.noconvert(), "source"_a.noconvert(), "streaming"_a);
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, "n"_a);
