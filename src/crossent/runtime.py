@@ -113,5 +113,27 @@ def read_environment() -> None:
         _native.set_num_threads(1)
 
 
+def workspace_bytes(where: str, workspace_mb: float | None) -> int:
+    """Return how much memory a fused head may use beside its outputs.
+
+    `workspace_mb`, else ``CROSSENT_WORKSPACE_MB``, else 128; in units of 2**20 bytes.
+    """
+    if workspace_mb is None:
+        return _workspace_bytes
+    return int(errors.positive_number(where, "workspace_mb", workspace_mb) * 2**20)
+
+
+def _environment_workspace() -> int:
+    text = os.environ.get("CROSSENT_WORKSPACE_MB")
+    if text:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < 2**40:
+                return int(float(text) * 2**20)
+        warning = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, "a number above 0")
+        warnings.warn(warning, stacklevel=3)
+    return 128 * 2**20
+
+
 read_environment()
+_workspace_bytes = _environment_workspace()
 register_with_loaded_threadpoolctl()
