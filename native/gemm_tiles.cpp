@@ -112,8 +112,7 @@ void pack(const Side& side, int64_t i, int64_t n, int64_t k0, int64_t k1, T* at)
     if (side.stride == kSize && width < L && i + L <= side.n) {
       // The lanes beyond the width give way to the next depth's numbers.
       for (; k < depth; k++)
-        store(at + k * width,
-              S::load(reinterpret_cast<const Type*>(from + k * side.depth_stride)));
+        store(at + k * width, S::load(reinterpret_cast<const Type*>(from + k * side.depth_stride)));
     } else if (side.stride == kSize && n == width && width % L == 0) {
       for (; k < depth; k++) {
         const auto* row = reinterpret_cast<const Type*>(from + k * side.depth_stride);
