@@ -120,6 +120,16 @@ def test_statistics_of_a_subclass():
     assert slope.abs().sum() > 0
 
 
+def test_a_view_with_its_sign_pending():
+    input = torch.randn(4, 3, dtype=torch.complex64).conj().imag
+    assert input.is_neg()
+    target = torch.tensor([0, 1, 2, 0])
+    found = crossent.torch.cross_entropy(input.requires_grad_(), target)
+    plain = input.detach().clone().requires_grad_()
+    assert torch.equal(found, crossent.torch.cross_entropy(plain, target))
+    found.backward()
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 X, Y = np.zeros((4, 3)), np.array([0, 1, 2, 0])

@@ -71,6 +71,8 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
     """Return the array that shares a CPU tensor's memory; bfloat16 as uint16."""
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor.is_neg():  # a view whose sign is still to be changed: the imaginary part of a conj()
+        tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
