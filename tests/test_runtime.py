@@ -35,7 +35,7 @@ def bits():
     return loss.tobytes() + grad.tobytes()
 
 
-VARIABLES = ("CROSSENT_NUM_THREADS", "OMP_NUM_THREADS", "CROSSENT_ISA")
+VARIABLES = ("CROSSENT_NUM_THREADS", "OMP_NUM_THREADS", "CROSSENT_ISA", "CROSSENT_WORKSPACE_MB")
 
 
 def environ(**given):
@@ -329,6 +329,16 @@ def test_an_unknown_instruction_set_is_passed_over_with_a_warning():
     choices = ", ".join(_native.available_isas())
     expected = f"CROSSENT_ISA='sse9' is passed over: expected one of {choices}"
     assert f"UserWarning: crossent: {expected}" in warned
+
+
+def test_the_heads_workspace_of_the_environment():
+    code = "from crossent import runtime; print(runtime.workspace_bytes('', None) / 2**20)"
+    assert python(code) == ("128.0", "")
+    assert python(code, CROSSENT_WORKSPACE_MB="0.5") == ("0.5", "")
+    for bad in ("lots", "-1", "nan"):
+        said, warned = python(code, CROSSENT_WORKSPACE_MB=bad)
+        assert said == "128.0"
+        assert f"CROSSENT_WORKSPACE_MB='{bad}' is passed over: expected a number above 0" in warned
 
 
 def test_set_isa_refuses_what_is_not_there():

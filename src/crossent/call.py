@@ -97,17 +97,7 @@ class Call:
 
     def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
         """None, a float for all rows, or float64 ``(N,)``."""
-        if grad_output is None:
-            return None
-        array = errors.as_array(self.where, "grad_output", grad_output)
-        if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
-            raise errors.bad_array(self.where, "grad_output", "real numbers", grad_output)
-        array = array.astype(np.float64)
-        if array.ndim == 0:
-            return float(array)
-        if plan.reduction != "none" or array.shape != plan.rows_shape:
-            raise errors.bad_grad_output(self.where, plan.reduction, plan.rows_shape, array.shape)
-        return np.ascontiguousarray(array).reshape(-1)
+        return upstream(self.where, plan, grad_output)
 
     def output(self) -> NDArray[Any]:
         """Return a new array like the logits."""
@@ -147,19 +137,44 @@ class Call:
         return out
 
     def rounded(self, found: NDArray[Any]) -> NDArray[Any]:
-        """Return float64 results in the compute dtype, silently whatever `numpy.errstate` says."""
-        with np.errstate(over="ignore", under="ignore"):
-            return found.astype(self.compute_dtype, copy=False)
+        """Return float64 results in the compute dtype."""
+        return rounded(found, self.compute_dtype)
 
     def loss(self, plan: RowPlan, found: NDArray[np.float64] | float) -> Any:
         """Return what the backend found, the rows' losses or their sum, in the compute dtype."""
-        if isinstance(found, float):
-            if self.compute_dtype is _FLOAT64 or abs(found) <= _FLOAT32_MAX:
-                return _SCALAR[self.compute_dtype](found)
-            found = np.asarray(found)  # which turns an overflow into infinity in silence below
-        found = self.rounded(found)
-        found = found.reshape(plan.rows_shape if plan.reduction == "none" else ())
-        return found if found.ndim else found[()]
+        return loss(plan, found, self.compute_dtype)
+
+
+def upstream(where: str, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
+    """None, a float for all rows, or float64 ``(N,)``."""
+    if grad_output is None:
+        return None
+    array = errors.as_array(where, "grad_output", grad_output)
+    if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
+        raise errors.bad_array(where, "grad_output", "real numbers", grad_output)
+    array = array.astype(np.float64)
+    if array.ndim == 0:
+        return float(array)
+    if plan.reduction != "none" or array.shape != plan.rows_shape:
+        raise errors.bad_grad_output(where, plan.reduction, plan.rows_shape, array.shape)
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def rounded(found: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return float64 results in the compute dtype, silently whatever `numpy.errstate` says."""
+    with np.errstate(over="ignore", under="ignore"):
+        return found.astype(dtype, copy=False)
+
+
+def loss(plan: RowPlan, found: NDArray[np.float64] | float, dtype: np.dtype[Any]) -> Any:
+    """Return what a backend found, the rows' losses or their sum, in the compute dtype."""
+    if isinstance(found, float):
+        if dtype is _FLOAT64 or abs(found) <= _FLOAT32_MAX:
+            return _SCALAR[dtype](found)
+        found = np.asarray(found)  # which turns an overflow into infinity in silence below
+    found = rounded(found, dtype)
+    found = found.reshape(plan.rows_shape if plan.reduction == "none" else ())
+    return found if found.ndim else found[()]
 
 
 def _same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -19,10 +19,10 @@ from crossent.options import Options, Reduction
 
 
 class LossGrad(NamedTuple):
-    """A loss and its gradient in the logits."""
+    """A loss and its gradient: in the logits an array, in a head's arguments a `LinearGrad`."""
 
     loss: Any
-    grad: NDArray[Any]
+    grad: Any
 
 
 class RowStats(NamedTuple):

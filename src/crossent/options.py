@@ -281,6 +281,19 @@ def bad_shape(
     return ValueError(f"{where}: {name} must have shape {expected}, got {got}{hint}")
 
 
+def bad_wrt(where: str, names: tuple[str, ...], value: object) -> ValueError:
+    """A name in `wrt` that is none of the layer's."""
+    return ValueError(f"{where}: wrt must name some of {', '.join(names)}, got {value!r}")
+
+
+def sparse_gradient(where: str) -> ValueError:
+    """A gradient or direction in features that are sparse."""
+    return ValueError(
+        f"{where}: sparse features have no gradient here, since it would be dense; leave 'input' "
+        "out of wrt= (and None in vector=), or pass input.toarray()"
+    )
+
+
 def not_finite(
     where: str, name: str, position: tuple[int, ...], value: float, dtype: str
 ) -> ValueError:
