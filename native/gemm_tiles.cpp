@@ -243,11 +243,30 @@ class Tile {
   }
 
   void bring() {
+    constexpr int L = Lanes<T>::n;
     const T* from = out();
-    for (int64_t i = 0; i < i1_ - i0_; i++)
-      for (int64_t j = 0; j < columns_; j++)
-        sums_[i * row_ + j] =
-            job_.across ? from[j * job_.out_stride + i] : from[i * job_.out_stride + j];
+    const int64_t rows = i1_ - i0_;
+    if (!job_.across) {
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns_; j++) sums_[i * row_ + j] = from[i * job_.out_stride + j];
+      return;
+    }
+    for (int64_t j = 0; j < columns_; j += L) {
+      int64_t i = 0;
+      if constexpr (std::is_same_v<T, float>) {
+        for (; i + L <= rows && j + L <= columns_; i += L) {
+          F square[L];
+#pragma GCC unroll 16
+          for (int r = 0; r < L; r++) square[r] = load(from + (j + r) * job_.out_stride + i);
+          transpose(square);
+#pragma GCC unroll 16
+          for (int r = 0; r < L; r++) store(sums_ + (i + r) * row_ + j, square[r]);
+        }
+      }
+      for (; i < rows; i++)
+        for (int64_t r = j; r < smaller(j + L, columns_); r++)
+          sums_[i * row_ + r] = from[r * job_.out_stride + i];
+    }
   }
 
   void take_back(bool last) {
