@@ -17,7 +17,7 @@ The formulas are those of the design page, section 3 (`docs/maths.md`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -187,6 +187,44 @@ def lower(
         softcap,
         options.reduction,
     )
+
+
+def kept(plan: RowPlan) -> NDArray[np.int64] | None:
+    """Return the positions of the rows that are kept; None where all are."""
+    drops = plan.target == plan.skip if plan.kind == "index" else None
+    if plan.row_weight is not None:
+        weightless = plan.row_weight == 0
+        drops = weightless if drops is None else drops | weightless
+    if drops is None or not drops.any():
+        return None
+    return np.flatnonzero(~drops)
+
+
+def part(plan: RowPlan, rows: slice | NDArray[np.int64]) -> RowPlan:
+    """Return the plan of some of the rows, n of them, of logits ``(n, V)``; the divisor stays."""
+    n = len(range(plan.n_rows)[rows]) if isinstance(rows, slice) else len(rows)
+    target = plan.target
+    if plan.kind == "distribution":
+        target = np.moveaxis(target, plan.axis, -1).reshape(-1, plan.n_classes)
+    return replace(
+        plan,
+        rows_shape=(n,),
+        axis=1,
+        target=target[rows],
+        target_prob=None if plan.target_prob is None else plan.target_prob[rows],
+        row_weight=None if plan.row_weight is None else plan.row_weight[rows],
+    )
+
+
+def distribution(plan: RowPlan, compute_dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    """Return a distribution target in a dtype that kernels read; None for the other kinds."""
+    if plan.kind != "distribution":
+        return None
+    target = plan.target
+    readable = target.dtype.isnative and target.flags.aligned
+    if not is_float(target.dtype) or not readable:
+        target = target.astype(compute_dtype)
+    return target
 
 
 def _divisor(kept: int, weight_sum: float, options: Options) -> float:

@@ -113,5 +113,25 @@ def read_environment() -> None:
         _native.set_num_threads(1)
 
 
+def workspace_bytes() -> int:
+    """Return how much memory a fused head may use beside its outputs.
+
+    ``CROSSENT_WORKSPACE_MB`` in units of 2**20 bytes, as it was at import; 128 of them by default.
+    """
+    return _workspace_bytes
+
+
+def _environment_workspace() -> int:
+    text = os.environ.get("CROSSENT_WORKSPACE_MB")
+    if text:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < 2**40:
+                return int(float(text) * 2**20)
+        warning = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, "a number above 0")
+        warnings.warn(warning, stacklevel=3)
+    return 128 * 2**20
+
+
 read_environment()
+_workspace_bytes = _environment_workspace()
 register_with_loaded_threadpoolctl()
