@@ -90,9 +90,12 @@ class Call:
 
     def viewed(self, plan: RowPlan) -> tuple[RowPlan, NDArray[Any] | None]:
         """The plan, and its distribution (if that is its kind) seen as the logits are."""
-        target = rows.distribution(plan, self.compute_dtype)
-        if target is None:
+        if plan.kind != "distribution":
             return plan, None
+        target = plan.target
+        readable = target.dtype.isnative and target.flags.aligned
+        if not rows.is_float(target.dtype) or not readable:
+            target = target.astype(self.compute_dtype)
         return plan, self.seen(target)
 
     def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:

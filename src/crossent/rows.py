@@ -216,17 +216,6 @@ def part(plan: RowPlan, rows: slice | NDArray[np.int64]) -> RowPlan:
     )
 
 
-def distribution(plan: RowPlan, compute_dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """Return a distribution target in a dtype that kernels read; None for the other kinds."""
-    if plan.kind != "distribution":
-        return None
-    target = plan.target
-    readable = target.dtype.isnative and target.flags.aligned
-    if not is_float(target.dtype) or not readable:
-        target = target.astype(compute_dtype)
-    return target
-
-
 def _divisor(kept: int, weight_sum: float, options: Options) -> float:
     """Return 1 for "sum" and "none"; for "mean" the kept rows' Σ s·w, or `divisor`; never 0."""
     if options.reduction != "mean" or kept == 0:
