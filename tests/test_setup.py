@@ -24,6 +24,7 @@ NATIVE = sorted(path for path in (ROOT / "native").rglob("*") if path.suffix in 
 
 def test_public_names():
     assert sorted(crossent.__all__) == [
+        "LinearGrad",
         "LossGrad",
         "RowStats",
         "cross_entropy",
@@ -32,6 +33,10 @@ def test_public_names():
         "cross_entropy_stats",
         "cross_entropy_value_and_grad",
         "get_num_threads",
+        "linear_cross_entropy",
+        "linear_cross_entropy_hvp",
+        "linear_cross_entropy_stats",
+        "linear_cross_entropy_value_and_grad",
         "log_softmax",
         "set_num_threads",
         "softmax",

@@ -6,6 +6,13 @@
 Importing this imports NumPy and nothing heavier.
 """
 
+from crossent.head import LinearGrad
+from crossent.linear import (
+    linear_cross_entropy,
+    linear_cross_entropy_hvp,
+    linear_cross_entropy_stats,
+    linear_cross_entropy_value_and_grad,
+)
 from crossent.numpy import (
     LossGrad,
     RowStats,
@@ -23,6 +30,7 @@ from crossent.runtime import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearGrad",
     "LossGrad",
     "RowStats",
     "cross_entropy",
@@ -31,6 +39,10 @@ __all__ = [
     "cross_entropy_stats",
     "cross_entropy_value_and_grad",
     "get_num_threads",
+    "linear_cross_entropy",
+    "linear_cross_entropy_hvp",
+    "linear_cross_entropy_stats",
+    "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "set_num_threads",
     "softmax",

@@ -224,7 +224,8 @@ class Head:
         cached = _CACHED_BYTES // row
         n = max(1, min(room // row, cached) if cached >= _ENOUGH_ROWS else room // row)
         # Chunks of about one length: none is so short that its products are slow.
-        return int(math.ceil(self._n_kept / max(1, math.ceil(self._n_kept / n))))
+        n_chunks: int = max(1, math.ceil(self._n_kept / n))
+        return math.ceil(self._n_kept / n_chunks)
 
     def _chunks(self, n: int) -> Iterator[_Chunk]:
         for i in range(0, self._n_kept, max(1, n)):

@@ -102,6 +102,7 @@ def lower(
     compute_dtype: np.dtype[Any],
     target: object,
     options: Options,
+    named: str = "an input",
 ) -> RowPlan:
     """Lower `options` and `target` for logits of `shape` to a plan.
 
@@ -117,6 +118,8 @@ def lower(
         Class indices, a distribution, or (with ``options.target_prob``) class ids.
     options
         As the caller gave them.
+    named
+        What messages call the logits.
 
     Raises
     ------
@@ -135,7 +138,9 @@ def lower(
     target_prob = None
     if options.target_prob is not None:
         kind: Kind = "sparse"
-        lowered, target_prob = _sparse_target(where, target, options, shape, axis, compute_dtype)
+        lowered, target_prob = _sparse_target(
+            where, target, options, shape, axis, compute_dtype, named
+        )
         padding_alone = (lowered < 0).all(axis=1)
         # A row of padding alone is dropped, like a row of weight 0.
         if padding_alone.any():
@@ -144,7 +149,9 @@ def lower(
         lowered = _as_target(where, target, rows_shape, n_classes)
         kind = "index" if lowered.dtype.kind == "i" else "distribution"
         if lowered.shape != (rows_shape if kind == "index" else shape):
-            raise errors.bad_target_shape(where, lowered.shape, lowered.dtype, rows_shape, shape)
+            raise errors.bad_target_shape(
+                where, lowered.shape, lowered.dtype, rows_shape, shape, named
+            )
 
     # The divisor of "mean" counts s_i·w_{y_i} for indices and s_i for distributions.
     if kind == "index":
@@ -296,6 +303,7 @@ def _sparse_target(
     shape: tuple[int, ...],
     axis: int,
     compute_dtype: np.dtype[Any],
+    named: str,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return ids ``(N, K)``, −1 where padding, and their probabilities ``(N, K)``, 0 there."""
     ids = _as_target(where, target, (), shape[axis])
@@ -309,7 +317,7 @@ def _sparse_target(
     if not fits or ids.shape != prob.shape:
         raise errors.bad_target_prob(
             where,
-            f"got target {ids.shape} and target_prob {prob.shape} for an input of shape {shape}",
+            f"got target {ids.shape} and target_prob {prob.shape} for {named} of shape {shape}",
         )
     n_rows, k = math.prod(rows_shape), ids.shape[axis]
     ids = np.moveaxis(ids, axis, -1)
