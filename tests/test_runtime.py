@@ -35,7 +35,7 @@ def bits():
     return loss.tobytes() + grad.tobytes()
 
 
-VARIABLES = ("CROSSENT_NUM_THREADS", "OMP_NUM_THREADS", "CROSSENT_ISA")
+VARIABLES = ("CROSSENT_NUM_THREADS", "OMP_NUM_THREADS", "CROSSENT_ISA", "CROSSENT_WORKSPACE_MB")
 
 
 def environ(**given):
@@ -329,6 +329,29 @@ def test_an_unknown_instruction_set_is_passed_over_with_a_warning():
     choices = ", ".join(_native.available_isas())
     expected = f"CROSSENT_ISA='sse9' is passed over: expected one of {choices}"
     assert f"UserWarning: crossent: {expected}" in warned
+
+
+# The head's workspace -----------------------------------------------------------------------------
+
+SAY_WORKSPACE = "import crossent; print(crossent.runtime.workspace_bytes())"
+
+
+@pytest.mark.parametrize(
+    ("environment", "n"),
+    [({}, 128), ({"CROSSENT_WORKSPACE_MB": "64"}, 64), ({"CROSSENT_WORKSPACE_MB": " 1.5 "}, 1.5)],
+)
+def test_the_workspace_of_the_environment(environment, n):
+    assert python(SAY_WORKSPACE, **environment) == (str(int(n * 2**20)), "")
+
+
+@pytest.mark.parametrize("value", ["lots", "0", "-3", "nan", "inf", "1e30"])
+def test_a_malformed_workspace_is_passed_over_with_a_warning(value):
+    said, warned = python(SAY_WORKSPACE, CROSSENT_WORKSPACE_MB=value)
+    assert int(said) == 128 * 2**20
+    assert (
+        f"UserWarning: crossent: CROSSENT_WORKSPACE_MB={value!r} is passed over: "
+        "expected a number of megabytes above 0"
+    ) in warned
 
 
 def test_set_isa_refuses_what_is_not_there():

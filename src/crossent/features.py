@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossent.products import as_compute
-from crossent.rows import is_float
 
 Rows = slice | NDArray[np.int64]
 """Some of the rows: a slice of step 1, or their positions."""
@@ -29,24 +28,24 @@ def is_sparse(value: object) -> bool:
 
 
 class DenseRows:
-    """Rows of an array ``(…, D)``, the rows' axes in C order, in a dtype that kernels read."""
+    """Rows of an array ``(…, D)``, the rows' axes in C order, aligned and of one dtype."""
 
     def __init__(self, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
-        """Take floating numbers as they are and others, chunk by chunk, in `dtype`."""
-        floating = is_float(array.dtype) or array.dtype == np.uint16
-        self.dtype = array.dtype.newbyteorder("=") if floating else dtype
+        """Take numbers in `dtype`, chunk by chunk where they are not."""
+        self.dtype = dtype
         self._lead, self._array = array.shape[:-1], array
         self._joined = _joins(array)
         if self._joined:
             self._array = array.reshape(math.prod(self._lead), array.shape[-1])
-        self._ready = self._joined and self.dtype == array.dtype and array.flags.aligned
+        self._ready = self._joined and dtype == array.dtype and array.flags.aligned
 
     def take(self, rows: Rows) -> NDArray[Any]:
         """Return n rows ``(n, D)``: a view of a slice where the array allows it."""
         if self._joined:
             taken = self._array[rows]
         else:
-            at = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            every = range(math.prod(self._lead))
+            at = np.asarray(every[rows]) if isinstance(rows, slice) else rows
             taken = self._array[np.unravel_index(at, self._lead)]
         return taken if self._ready else np.require(taken, self.dtype, "A")
 

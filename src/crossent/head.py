@@ -113,7 +113,9 @@ class Head:
         self._product = native_product if product is None else product
         self._sparse = is_sparse(features)
         self._features = (
-            SparseRows(features, compute) if self._sparse else DenseRows(bits(features), compute)
+            SparseRows(features, compute)
+            if self._sparse
+            else DenseRows(bits(features), self._readable(features))
         )
         self._weight = bits(weight)
         self._bias = None if bias is None else self._numbers(bias)
@@ -122,9 +124,7 @@ class Head:
         self._kept = rows.kept(plan)
         self._n_kept = plan.n_rows if self._kept is None else len(self._kept)
         self.shape, self.all_kept = self._weight.shape, self._kept is None
-        self._distribution: DenseRows | None = None
-        if plan.kind == "distribution":
-            self._distribution = DenseRows(bits(plan.target), compute)
+        self._has_distribution = plan.kind == "distribution"
         self._workspace = workspace_bytes() if workspace is None else workspace
 
     def loss(self) -> NDArray[np.float64] | float:
@@ -166,7 +166,9 @@ class Head:
         if not any(wanted) and vector.linear_bias is None:
             return vector
         sums = _Sums(self, (*wanted, vector.linear_bias is not None))
-        along_x = DenseRows(bits(vector.input), self.compute_dtype) if wanted[0] else None
+        along_x = None
+        if wanted[0]:
+            along_x = DenseRows(bits(vector.input), self._readable(vector.input))
         along_weight = bits(vector.linear_weight) if wanted[1] else None
         along_bias = None if vector.linear_bias is None else self._numbers(vector.linear_bias)
         logits, along = self._buffer(2), self._buffer(2)
@@ -214,8 +216,11 @@ class Head:
         # Beside its logits a row may need its gradient in x before that is rounded, and copies.
         row = (n_buffers * n_classes + n_features) * compute.itemsize
         row += scratch_bytes_a_row(compute) + self._features.copied_bytes(dropped)
-        if self._distribution is not None:
-            row += self._distribution.copied_bytes(dropped)
+        if self._has_distribution:
+            target = self.plan.target
+            row += rows.distribution_rows(self.plan).copied_bytes(dropped)
+            converts = self._readable(target) != bits(target).dtype or not target.flags.aligned
+            row += converts * n_classes * compute.itemsize
         if self._sparse:
             scratch = self._tile_bytes
         else:
@@ -235,9 +240,16 @@ class Head:
                 some = self._kept[i:end]
                 if some[-1] - some[0] == len(some) - 1:
                     some = slice(int(some[0]), int(some[-1]) + 1)
-            distribution = None if self._distribution is None else self._distribution.take(some)
-            planned = rows.part(self.plan, some), distribution
-            yield _Chunk(some, end - i, self._features.take(some), planned)
+            plan, distribution = rows.part(self.plan, some), None
+            if self._has_distribution:
+                distribution = np.require(bits(plan.target), self._readable(plan.target), "A")
+            yield _Chunk(some, end - i, self._features.take(some), (plan, distribution))
+
+    def _readable(self, array: NDArray[Any]) -> np.dtype[Any]:
+        """Return the dtype in which kernels read an array's numbers; bfloat16 as uint16."""
+        dtype = bits(array).dtype
+        known = rows.is_float(dtype) or dtype == np.uint16
+        return dtype.newbyteorder("=") if known else self.compute_dtype
 
     def _numbers(self, array: Any) -> NDArray[Any]:
         with np.errstate(all="ignore"):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from crossent import _native
 from crossent import options as errors
+from crossent.features import DenseRows
 from crossent.options import Options, Reduction
 
 Kind = Literal["index", "distribution", "sparse"]
@@ -210,17 +211,20 @@ def kept(plan: RowPlan) -> NDArray[np.int64] | None:
 def part(plan: RowPlan, rows: slice | NDArray[np.int64]) -> RowPlan:
     """Return the plan of some of the rows, n of them, of logits ``(n, V)``; the divisor stays."""
     n = len(range(plan.n_rows)[rows]) if isinstance(rows, slice) else len(rows)
-    target = plan.target
-    if plan.kind == "distribution":
-        target = np.moveaxis(target, plan.axis, -1).reshape(-1, plan.n_classes)
+    whole = distribution_rows(plan).take if plan.kind == "distribution" else plan.target.__getitem__
     return replace(
         plan,
         rows_shape=(n,),
         axis=1,
-        target=target[rows],
+        target=whole(rows),
         target_prob=None if plan.target_prob is None else plan.target_prob[rows],
         row_weight=None if plan.row_weight is None else plan.row_weight[rows],
     )
+
+
+def distribution_rows(plan: RowPlan) -> DenseRows:
+    """Return a distribution target as rows ``(N, V)``, without a copy."""
+    return DenseRows(np.moveaxis(plan.target, plan.axis, -1), plan.target.dtype)
 
 
 def _divisor(kept: int, weight_sum: float, options: Options) -> float:

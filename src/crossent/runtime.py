@@ -127,8 +127,9 @@ def _environment_workspace() -> int:
         with contextlib.suppress(ValueError):
             if 0 < float(text) < 2**40:
                 return int(float(text) * 2**20)
-        warning = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, "a number above 0")
-        warnings.warn(warning, stacklevel=3)
+        expected = "a number of megabytes above 0"
+        text = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, expected)
+        warnings.warn(text, stacklevel=2)
     return 128 * 2**20
 
 
