@@ -122,7 +122,7 @@ def test_empty_matrices(shape):
 @pytest.mark.parametrize("drops", [False, True])
 def test_nothing_becomes_dense(drops, monkeypatch):
     rng = np.random.default_rng(0)
-    n, d, v = 3000, 20_000, 12  # 480 MB if dense
+    n, d, v = 3000, 20_000, 60  # 480 MB if dense
     x = sp.random_array((n, d), density=1e-3, format="csr", rng=rng)
     w, target = rng.normal(size=(v, d)), rng.integers(0, v, n)
     if drops:

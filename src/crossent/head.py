@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,13 +65,16 @@ class LinearGrad(NamedTuple):
     linear_bias: Any
 
 
-class _Chunk(NamedTuple):
+@dataclass(slots=True)
+class _Chunk:
     """Some of the rows that are kept."""
 
     rows: Rows  # where they are among all rows
     n: int
     features: Any  # (n, D), dense or CSR
+    along: NDArray[Any] | None  # (n, D), of a direction in x
     planned: Planned
+    buffers: list[NDArray[Any]]  # (n, V), for logits
 
 
 class Head:
@@ -124,15 +128,13 @@ class Head:
         self._kept = rows.kept(plan)
         self._n_kept = plan.n_rows if self._kept is None else len(self._kept)
         self.shape, self.all_kept = self._weight.shape, self._kept is None
-        self._has_distribution = plan.kind == "distribution"
         self._workspace = workspace_bytes() if workspace is None else workspace
 
     def loss(self) -> NDArray[np.float64] | float:
         """Return the rows' losses ``(N,)`` with reduction "none", else their sum."""
         losses = _Losses(self.plan)
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
             losses.add(chunk, self._backend.cross_entropy(z, chunk.planned, None, None))
         return losses.found()
 
@@ -147,9 +149,8 @@ class Head:
         if not any(wrt):
             return self.loss(), LinearGrad(None, None, None)
         losses, sums = _Losses(self.plan), _Sums(self, wrt)
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
             given = _part(upstream, chunk)
             losses.add(chunk, self._backend.cross_entropy(z, chunk.planned, given, z))
             sums.add(chunk, z, chunk.features, self._weight)
@@ -171,10 +172,8 @@ class Head:
             along_x = DenseRows(bits(vector.input), self._readable(vector.input))
         along_weight = bits(vector.linear_weight) if wanted[1] else None
         along_bias = None if vector.linear_bias is None else self._numbers(vector.linear_bias)
-        logits, along = self._buffer(2), self._buffer(2)
-        for chunk in self._chunks(len(logits)):
-            z, h = self._logits(chunk, logits), along[: chunk.n]
-            dx = None if along_x is None else along_x.take(chunk.rows)
+        for chunk in self._chunks(2, along_x):
+            z, h, dx = self._logits(chunk), chunk.buffers[1], chunk.along
             if along_weight is not None:
                 self._times(chunk.features, along_weight, h, along_bias)
             if dx is not None and along_weight is not None:
@@ -190,15 +189,15 @@ class Head:
                 self._backend.cross_entropy(z, chunk.planned, given, z)
                 sums.add(chunk, z, dx, along_weight, more=True)
             sums.finish(chunk)
+            del dx
         return sums.found()
 
     def stats(self) -> tuple[NDArray[Any], ...]:
         """Return logsumexp, target_logprob, entropy, argmax and target_rank, each ``(N,)``."""
         n = self.plan.n_rows
         floats, integers = [np.full(n, math.nan) for _ in "123"], [np.full(n, -1) for _ in "12"]
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
             found = self._backend.stats(z, chunk.planned)
             for whole, some in zip((*floats, *integers), found, strict=True):
                 whole[chunk.rows] = some
@@ -206,17 +205,15 @@ class Head:
 
     # Chunks and their logits ----------------------------------------------------------------------
 
-    def _buffer(self, n: int) -> NDArray[Any]:
-        """Return one of `n` buffers for a chunk's logits, as long as the chunks are."""
-        return np.empty((self._chunk_rows(n), self.plan.n_classes), self.compute_dtype)
-
-    def _chunk_rows(self, n_buffers: int) -> int:
+    def _chunk_rows(self, n_buffers: int, along_x: DenseRows | None) -> int:
         n_classes, n_features = self._weight.shape
         compute, dropped = self.compute_dtype, self._kept is not None
         # Beside its logits a row may need its gradient in x before that is rounded, and copies.
         row = (n_buffers * n_classes + n_features) * compute.itemsize
         row += scratch_bytes_a_row(compute) + self._features.copied_bytes(dropped)
-        if self._has_distribution:
+        if along_x is not None:
+            row += along_x.copied_bytes(dropped)
+        if self.plan.kind == "distribution":
             target = self.plan.target
             row += rows.distribution_rows(self.plan).copied_bytes(dropped)
             converts = self._readable(target) != bits(target).dtype or not target.flags.aligned
@@ -232,7 +229,10 @@ class Head:
         n_chunks: int = max(1, math.ceil(self._n_kept / n))
         return math.ceil(self._n_kept / n_chunks)
 
-    def _chunks(self, n: int) -> Iterator[_Chunk]:
+    def _chunks(self, n_buffers: int, along_x: DenseRows | None = None) -> Iterator[_Chunk]:
+        n = self._chunk_rows(n_buffers, along_x)
+        size = n, self.plan.n_classes
+        buffers = [np.empty(size, self.compute_dtype) for _ in range(n_buffers)]
         for i in range(0, self._n_kept, max(1, n)):
             end = min(self._n_kept, i + n)
             some: Rows = slice(i, end)
@@ -240,10 +240,23 @@ class Head:
                 some = self._kept[i:end]
                 if some[-1] - some[0] == len(some) - 1:
                     some = slice(int(some[0]), int(some[-1]) + 1)
-            plan, distribution = rows.part(self.plan, some), None
-            if self._has_distribution:
-                distribution = np.require(bits(plan.target), self._readable(plan.target), "A")
-            yield _Chunk(some, end - i, self._features.take(some), (plan, distribution))
+            chunk = _Chunk(
+                some,
+                end - i,
+                self._features.take(some),
+                None if along_x is None else along_x.take(some),
+                self._planned(some),
+                [buffer[: end - i] for buffer in buffers],
+            )
+            yield chunk
+            # What was copied goes before the next is.
+            chunk.features = chunk.along = chunk.planned = None  # type: ignore[assignment]
+
+    def _planned(self, some: Rows) -> Planned:
+        plan = rows.part(self.plan, some)
+        if plan.kind != "distribution":
+            return plan, None
+        return plan, np.require(bits(plan.target), self._readable(plan.target), "A")
 
     def _readable(self, array: NDArray[Any]) -> np.dtype[Any]:
         """Return the dtype in which kernels read an array's numbers; bfloat16 as uint16."""
@@ -255,8 +268,8 @@ class Head:
         with np.errstate(all="ignore"):
             return np.ascontiguousarray(as_compute(bits(array), self.compute_dtype))
 
-    def _logits(self, chunk: _Chunk, buffer: NDArray[Any]) -> NDArray[Any]:
-        z = buffer[: chunk.n]
+    def _logits(self, chunk: _Chunk) -> NDArray[Any]:
+        z = chunk.buffers[0]
         self._times(chunk.features, self._weight, z, self._bias)
         return z
 
@@ -344,7 +357,7 @@ class _Sums:
         more: bool = False,
     ) -> None:
         """Add g W, gᵀ x and Σ g; `more`: to the same rows' g W, and no Σ g."""
-        later = more or not self._first
+        later = not self._first
         if self._input is not None:
             if not more:
                 self._rows = self._place(self._input, chunk)
