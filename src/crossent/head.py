@@ -112,8 +112,9 @@ class Head:
         product: Product | None = None,
     ) -> None:
         self.where, self.plan = where, plan
-        self.compute_dtype = compute = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        self._backend = backend_named(compute.name)
+        name = "float64" if dtype == "float64" else "float32"
+        self.compute_dtype = compute = np.dtype(name)
+        self._backend = backend_named(name)
         self._product = native_product if product is None else product
         self._sparse = is_sparse(features)
         self._features = (
@@ -189,7 +190,7 @@ class Head:
                 self._backend.cross_entropy(z, chunk.planned, given, z)
                 sums.add(chunk, z, dx, along_weight, more=True)
             sums.finish(chunk)
-            del dx
+            del dx  # as the chunk's own copies
         return sums.found()
 
     def stats(self) -> tuple[NDArray[Any], ...]:
