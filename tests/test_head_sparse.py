@@ -30,7 +30,7 @@ def whole(dtype=np.float64, n=50, d=20, v=9, seed=0):
 
 @pytest.fixture(params=[2**27, 2**14, 0])
 def workspace(request, monkeypatch):
-    monkeypatch.setattr(head, "workspace_bytes", lambda: request.param)
+    monkeypatch.setattr(head, "workspace_bytes", lambda *_: request.param)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -69,7 +69,7 @@ def test_what_belongs_to_a_row_has_the_same_bits_for_any_workspace(drops, monkey
         target[rng.random(300) < 0.3] = -100
     found = []
     for bytes_ in (2**27, 2**16, 0):
-        monkeypatch.setattr(head, "workspace_bytes", lambda n=bytes_: n)
+        monkeypatch.setattr(head, "workspace_bytes", lambda *_, n=bytes_: n)
         loss = crossent.linear_cross_entropy(x, w, target, reduction="none")
         found.append((loss, *crossent.linear_cross_entropy_stats(x, w, target)))
     for other in found[1:]:
@@ -143,7 +143,7 @@ def test_nothing_becomes_dense(drops, monkeypatch):
     w, target = rng.normal(size=(v, d)), rng.integers(0, v, n)
     if drops:
         target[::3] = -100
-    monkeypatch.setattr(head, "workspace_bytes", lambda: 4 * 2**20)
+    monkeypatch.setattr(head, "workspace_bytes", lambda *_: 4 * 2**20)
     tracemalloc.start()
     try:
         grad = VALUE_AND_GRAD(x, w, target)[1]
