@@ -302,6 +302,23 @@ def test_kept_rows_over_a_divisor_of_0_are_nan():
 
 
 @pytest.mark.parametrize("product", [products.native, products.host])
+def test_overflow_passes_in_silence(product, monkeypatch, dtype):
+    """As in the row kernels, whatever `numpy.errstate` says."""
+    monkeypatch.setattr(products, "native", product)
+    x, w, _, target = arrays(dtype=dtype)
+    far = np.array(1e200 if dtype == np.float64 else 1e4 if dtype.char == "e" else 1e30, dtype)
+    x, w, wide = x * far, w * far, np.full(7, 1e300)
+    vector = LinearGrad(np.full(x.shape, 1e300), np.full(w.shape, 1e300), wide)
+    q = np.full((12, 7), np.finfo(np.longdouble).max)
+    with np.errstate(all="raise"):
+        for t in (target, q):
+            VALUE_AND_GRAD(x, w, t, linear_bias=wide)
+            VALUE_AND_GRAD(x, w, t, reduction="none", grad_output=np.full(12, 1e300))
+        crossent.linear_cross_entropy_hvp(x, w, target, vector, linear_bias=wide)
+        crossent.linear_cross_entropy_stats(x, w, target, linear_bias=wide)
+
+
+@pytest.mark.parametrize("product", [products.native, products.host])
 def test_no_feature_or_one_class(product, monkeypatch, dtype):
     monkeypatch.setattr(products, "native", product)
     b = np.arange(3.0).astype(dtype)

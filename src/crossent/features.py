@@ -27,6 +27,12 @@ def is_sparse(value: object) -> bool:
     return scipy_sparse is not None and bool(scipy_sparse.issparse(value))
 
 
+def readable(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array as kernels read it, aligned and in `dtype`; silently, as they are."""
+    with np.errstate(all="ignore"):
+        return np.require(array, dtype, "A")
+
+
 class DenseRows:
     """Rows of an array ``(…, D)``, the rows' axes in C order, aligned and of one dtype."""
 
@@ -47,7 +53,7 @@ class DenseRows:
             every = range(math.prod(self._lead))
             at = np.asarray(every[rows]) if isinstance(rows, slice) else rows
             taken = self._array[np.unravel_index(at, self._lead)]
-        return taken if self._ready else np.require(taken, self.dtype, "A")
+        return taken if self._ready else readable(taken, self.dtype)
 
     def copied_bytes(self, dropped: bool) -> int:
         """Return what a row taken may need, `dropped` telling whether some rows are left out."""

@@ -36,6 +36,7 @@ from crossent.features import (
     Rows,
     SparseRows,
     is_sparse,
+    readable,
     sparse_add_to_weight,
     sparse_times_weight,
 )
@@ -253,7 +254,7 @@ class Head:
         plan = rows.part(self.plan, some)
         if plan.kind != "distribution":
             return plan, None
-        return plan, np.require(bits(plan.target), self._readable(plan.target), "A")
+        return plan, readable(bits(plan.target), self._readable(plan.target))
 
     def _readable(self, array: NDArray[Any]) -> np.dtype[Any]:
         """Return the dtype in which kernels read an array's numbers; bfloat16 as uint16."""
