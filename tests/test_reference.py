@@ -228,6 +228,44 @@ def test_three_ways_to_write_one_target():
         np.testing.assert_array_equal(grad, results[0][1])
 
 
+# The layer before the loss ------------------------------------------------------------------------
+
+
+def test_the_layer_by_hand():
+    x, w, b = [[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [0.5, 0.0, -1.0]
+    np.testing.assert_array_equal(reference.weighted_sums(x, w), [[1, 2, 3]])
+    np.testing.assert_array_equal(reference.weighted_sums(x, w, b), [[1.5, 2, 2]])
+    thirds = [[0.0, 0.0]] * 3  # W = 0: p = 1/3 for all, and a gradient of −2/3, 1/3, 1/3
+    of_x, of_w, of_b = reference.linear_grad(x, thirds, None, plan_for(np.zeros((1, 3)), [0]))
+    np.testing.assert_array_equal(of_x, [[0, 0]])
+    np.testing.assert_allclose(of_b, np.array([-2, 1, 1]) / 3, rtol=BY_HAND)
+    np.testing.assert_allclose(of_w, np.array([[-2, -4], [1, 2], [1, 2]]) / 3, rtol=BY_HAND)
+
+
+def test_the_layer_s_gradients_are_differences_of_the_loss():
+    rng = np.random.default_rng(0)
+    arrays = [exact(rng.normal(size=size)) for size in ((2, 3, 2), (4, 2), 4)]
+    target = [[0, -100, 2], [3, 1, 1]]
+    plan = plan_for(np.zeros((2, 3, 4)), target, label_smoothing=0.1, softcap=2.0)
+    h = mpmath.mpf("1e-20")  # the difference is good to h² = 1e-40
+    grads = reference.linear_grad(*arrays, plan)
+    assert not grads[0][0, 1].any()
+    for grad, array in zip(grads, arrays, strict=True):
+        for at in np.ndindex(array.shape):
+            value, ends = array[at], []
+            for step in (h, -h):
+                array[at] = value + step
+                ends.append(reference.loss(reference.weighted_sums(*arrays), plan))
+            array[at] = value
+            assert abs((ends[0] - ends[1]) / (2 * h) - grad[at]) < 1e-35
+
+
+def test_the_layer_does_not_read_dropped_rows():
+    x = np.array([[1.0, 2.0], [np.nan, np.inf]])
+    grads = reference.linear_grad(x, np.eye(2), None, plan_for(np.zeros((2, 2)), [0, -100]))
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
 def test_class_axis_may_lie_anywhere():
     y = TARGETS["index"]["target"]
     last = np.moveaxis(LOGITS, 1, -1)

@@ -331,14 +331,36 @@ def test_an_unknown_instruction_set_is_passed_over_with_a_warning():
     assert f"UserWarning: crossent: {expected}" in warned
 
 
-def test_the_heads_workspace_of_the_environment():
-    code = "from crossent import runtime; print(runtime.workspace_bytes('', None) / 2**20)"
-    assert python(code) == ("128.0", "")
-    assert python(code, CROSSENT_WORKSPACE_MB="0.5") == ("0.5", "")
-    for bad in ("lots", "-1", "nan"):
-        said, warned = python(code, CROSSENT_WORKSPACE_MB=bad)
-        assert said == "128.0"
-        assert f"CROSSENT_WORKSPACE_MB='{bad}' is passed over: expected a number above 0" in warned
+# The head's workspace -----------------------------------------------------------------------------
+
+SAY_WORKSPACE = "import crossent; print(crossent.runtime.workspace_bytes('test', None))"
+
+
+@pytest.mark.parametrize(
+    ("environment", "n"),
+    [({}, 128), ({"CROSSENT_WORKSPACE_MB": "64"}, 64), ({"CROSSENT_WORKSPACE_MB": " 1.5 "}, 1.5)],
+)
+def test_the_workspace_of_the_environment(environment, n):
+    assert python(SAY_WORKSPACE, **environment) == (str(int(n * 2**20)), "")
+
+
+@pytest.mark.parametrize("value", ["lots", "0", "-3", "nan", "inf", "1e30"])
+def test_a_malformed_workspace_is_passed_over_with_a_warning(value):
+    said, warned = python(SAY_WORKSPACE, CROSSENT_WORKSPACE_MB=value)
+    assert int(said) == 128 * 2**20
+    assert (
+        f"UserWarning: crossent: CROSSENT_WORKSPACE_MB={value!r} is passed over: "
+        "expected a number of megabytes above 0"
+    ) in warned
+
+
+def test_the_workspace_of_a_call():
+    assert crossent.runtime.workspace_bytes("f", 2.5) == 5 * 2**19
+    for bad in (0, -1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"^f: workspace_mb must be above 0 and finite, got "):
+            crossent.runtime.workspace_bytes("f", bad)
+    with pytest.raises(TypeError, match=r"^f: workspace_mb must be a real number above 0, got "):
+        crossent.runtime.workspace_bytes("f", "64")
 
 
 def test_set_isa_refuses_what_is_not_there():

@@ -67,12 +67,12 @@ class NativeBackend:
         self, logits: NDArray[Any], plan: Planned, upstream: Any, out: NDArray[Any] | None
     ) -> NDArray[np.float64] | float:
         if self.dtype == "bfloat16":
-            logits, out = _bits(logits), None if out is None else _bits(out)
+            logits, out = bits(logits), None if out is None else bits(out)
         each = plan[0].reduction == "none"
         return _native.cross_entropy(logits, _arguments(plan, upstream), out, each)
 
     def softmax(self, logits: NDArray[Any], out: NDArray[Any], log: bool) -> None:
-        _native.softmax(_bits(logits), _bits(out), log, 1.0)
+        _native.softmax(bits(logits), bits(out), log, 1.0)
 
     def hvp(
         self,
@@ -82,17 +82,17 @@ class NativeBackend:
         vector: NDArray[Any],
         out: NDArray[Any],
     ) -> None:
-        _native.hvp(_bits(logits), _arguments(plan, upstream), _bits(vector), _bits(out))
+        _native.hvp(bits(logits), _arguments(plan, upstream), bits(vector), bits(out))
 
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         row, _ = plan
         found: tuple[NDArray[Any], ...] = _native.stats(
-            _bits(logits), row.target, row.row_weight, row.skip, row.logit_scale, row.softcap
+            bits(logits), row.target, row.row_weight, row.skip, row.logit_scale, row.softcap
         )
         return found
 
 
-def _bits(array: NDArray[Any]) -> NDArray[Any]:
+def bits(array: NDArray[Any]) -> NDArray[Any]:
     """Return bfloat16 as uint16: the buffer protocol knows no such dtype."""
     return array.view(np.uint16) if array.dtype.kind == "V" else array
 
@@ -104,7 +104,7 @@ def _arguments(plan: Planned, upstream: Any) -> tuple[Any, ...]:
     return (
         None if distribution is not None else row.target,
         row.target_prob,
-        None if distribution is None else _bits(distribution),
+        None if distribution is None else bits(distribution),
         row.class_weight,
         row.row_weight,
         row.skip,

@@ -43,7 +43,66 @@ def as_logits(where: str, name: str, value: ArrayLike) -> NDArray[Any]:
     return array
 
 
-class Call:
+def stats_question(
+    target: ArrayLike | None,
+    rows_shape: tuple[int, ...],
+    sample_weight: object,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[ArrayLike, Options]:
+    """Return the target and the options of a plan for statistics.
+
+    Without a target class 0 stands in, and what it gives is to be left out; weight 0 alone drops a
+    row then.
+    """
+    options = Options(
+        sample_weight=sample_weight,
+        ignore_index=Options().ignore_index if target is None else ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        reduction="none",
+    )
+    return np.zeros(rows_shape, np.int64) if target is None else target, options
+
+
+class Asked:
+    """What any call is asked with beside its logits, and how it answers."""
+
+    where: str
+    compute_dtype: np.dtype[Any]
+
+    def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
+        """None, a float for all rows, or float64 ``(N,)``."""
+        if grad_output is None:
+            return None
+        array = errors.as_array(self.where, "grad_output", grad_output)
+        if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
+            raise errors.bad_array(self.where, "grad_output", "real numbers", grad_output)
+        array = array.astype(np.float64)
+        if array.ndim == 0:
+            return float(array)
+        if plan.reduction != "none" or array.shape != plan.rows_shape:
+            raise errors.bad_grad_output(self.where, plan.reduction, plan.rows_shape, array.shape)
+        return np.ascontiguousarray(array).reshape(-1)
+
+    def rounded(self, found: NDArray[Any]) -> NDArray[Any]:
+        """Return float64 results in the compute dtype, silently whatever `numpy.errstate` says."""
+        with np.errstate(over="ignore", under="ignore"):
+            return found.astype(self.compute_dtype, copy=False)
+
+    def loss(self, plan: RowPlan, found: NDArray[np.float64] | float) -> Any:
+        """Return what the backend found, the rows' losses or their sum, in the compute dtype."""
+        if isinstance(found, float):
+            if self.compute_dtype is _FLOAT64 or abs(found) <= _FLOAT32_MAX:
+                return _SCALAR[self.compute_dtype](found)
+            found = np.asarray(found)  # which turns an overflow into infinity in silence below
+        found = self.rounded(found)
+        found = found.reshape(plan.rows_shape if plan.reduction == "none" else ())
+        return found if found.ndim else found[()]
+
+
+class Call(Asked):
     """One call's logits, seen as kernels do: ``(outer, V, inner)`` around the class axis."""
 
     def __init__(self, where: str, input: Any, axis: int, backend: Backend | None = None) -> None:
@@ -90,14 +149,13 @@ class Call:
 
     def viewed(self, plan: RowPlan) -> tuple[RowPlan, NDArray[Any] | None]:
         """The plan, and its distribution (if that is its kind) seen as the logits are."""
-        target = rows.distribution(plan, self.compute_dtype)
-        if target is None:
+        if plan.kind != "distribution":
             return plan, None
+        target = plan.target
+        readable = target.dtype.isnative and target.flags.aligned
+        if not rows.is_float(target.dtype) or not readable:
+            target = target.astype(self.compute_dtype)
         return plan, self.seen(target)
-
-    def upstream(self, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
-        """None, a float for all rows, or float64 ``(N,)``."""
-        return upstream(self.where, plan, grad_output)
 
     def output(self) -> NDArray[Any]:
         """Return a new array like the logits."""
@@ -135,46 +193,6 @@ class Call:
                 "pass an array of its own",
             )
         return out
-
-    def rounded(self, found: NDArray[Any]) -> NDArray[Any]:
-        """Return float64 results in the compute dtype."""
-        return rounded(found, self.compute_dtype)
-
-    def loss(self, plan: RowPlan, found: NDArray[np.float64] | float) -> Any:
-        """Return what the backend found, the rows' losses or their sum, in the compute dtype."""
-        return loss(plan, found, self.compute_dtype)
-
-
-def upstream(where: str, plan: RowPlan, grad_output: ArrayLike | None) -> Any:
-    """None, a float for all rows, or float64 ``(N,)``."""
-    if grad_output is None:
-        return None
-    array = errors.as_array(where, "grad_output", grad_output)
-    if array.dtype.kind not in "fiu" and not rows.is_float(array.dtype):
-        raise errors.bad_array(where, "grad_output", "real numbers", grad_output)
-    array = array.astype(np.float64)
-    if array.ndim == 0:
-        return float(array)
-    if plan.reduction != "none" or array.shape != plan.rows_shape:
-        raise errors.bad_grad_output(where, plan.reduction, plan.rows_shape, array.shape)
-    return np.ascontiguousarray(array).reshape(-1)
-
-
-def rounded(found: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return float64 results in the compute dtype, silently whatever `numpy.errstate` says."""
-    with np.errstate(over="ignore", under="ignore"):
-        return found.astype(dtype, copy=False)
-
-
-def loss(plan: RowPlan, found: NDArray[np.float64] | float, dtype: np.dtype[Any]) -> Any:
-    """Return what a backend found, the rows' losses or their sum, in the compute dtype."""
-    if isinstance(found, float):
-        if dtype is _FLOAT64 or abs(found) <= _FLOAT32_MAX:
-            return _SCALAR[dtype](found)
-        found = np.asarray(found)  # which turns an overflow into infinity in silence below
-    found = rounded(found, dtype)
-    found = found.reshape(plan.rows_shape if plan.reduction == "none" else ())
-    return found if found.ndim else found[()]
 
 
 def _same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:

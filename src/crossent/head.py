@@ -2,13 +2,13 @@
 
     z = x Wᵀ + b        g = ∂λ/∂z        ∂λ/∂x = g W        ∂λ/∂W = gᵀ x        ∂λ/∂b = Σ g
 
-Notation: N rows, V classes, D features; x ``(N, D)``, W ``(V, D)``, b ``(V,)``.
+Notation: N rows, V classes, D features, n rows of a chunk; x ``(N, D)``, W ``(V, D)``, b ``(V,)``.
 
 Design:
   a. A chunk's logits live in the workspace; the row kernel turns them into their gradient where
      they lie, so every option works here that works for logits. How many rows a chunk has depends
-     on the shapes, the dtype and the workspace, never on the threads.
-  b. Few enough rows that chunk and features stay in the last cache, if that leaves enough of them
+     on the shapes, the dtypes and the workspace, never on the threads.
+  b. Few enough rows that logits and features stay in the last cache, if that leaves enough of them
      to make the products worth while; otherwise as many as the workspace holds, since each chunk
      reads and writes all of ∂λ/∂W.
   c. Rows that are dropped are left out before anything is multiplied, and products that nobody
@@ -23,35 +23,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crossent import products, rows
-from crossent.backends import Planned, backend_named
-from crossent.products import TILE_BYTES, Product
+from crossent.backends import Planned, backend_named, bits
+from crossent.features import (
+    DenseRows,
+    Rows,
+    SparseRows,
+    is_sparse,
+    readable,
+    sparse_add_to_weight,
+    sparse_times_weight,
+)
+from crossent.products import (
+    Product,
+    as_compute,
+    scratch_bytes,
+    scratch_bytes_a_row,
+    store,
+)
 from crossent.rows import RowPlan
+from crossent.runtime import workspace_bytes
 
 _CACHED_BYTES = 8 * 2**20
 _ENOUGH_ROWS = 512
 
 
 class LinearGrad(NamedTuple):
-    """Gradients of a head, or directions in its arguments; None where there is none."""
+    """Gradients of a head in its three arguments, or directions in them; None: left out."""
 
     input: Any
     linear_weight: Any
     linear_bias: Any
 
 
-class _Chunk(NamedTuple):
+@dataclass(slots=True)
+class _Chunk:
     """Some of the rows that are kept."""
 
-    rows: slice | NDArray[np.int64]  # their positions among all rows
+    rows: Rows  # where they are among all rows
     n: int
     features: Any  # (n, D), dense or CSR
+    along: NDArray[Any] | None  # (n, D), of a direction in x
     planned: Planned
+    buffers: list[NDArray[Any]]  # (n, V), for logits
 
 
 class Head:
@@ -62,16 +82,18 @@ class Head:
     where
         The public function's name, for messages.
     features, weight, bias
-        x ``(N, D)``, an array of any strides or a SciPy CSR matrix; W ``(V, D)``; b ``(V,)`` or
-        None; all of `dtype`, bfloat16 as uint16.
+        x ``(…, D)``, an array of any strides whose leading axes hold the N rows, or a SciPy CSR
+        matrix ``(N, D)``; W ``(V, D)``; b ``(V,)`` or None. Floating, bfloat16 also as uint16; a
+        CSR matrix or the rows of an array of integers become `dtype` chunk by chunk.
     plan
         Of N rows and V classes, the class axis last.
     dtype
-        "float64", "float32", "float16" or "bfloat16".
+        "float64" to compute in float64, as one of x and W then is, anything else for float32.
     workspace
-        Bytes to use beside the outputs: at least one row's logits and `TILE_BYTES` are used.
+        Bytes to use beside the outputs, None for what the environment says; one row's logits and
+        what a product needs (a few MB) are used in any case.
     product
-        What multiplies.
+        What multiplies dense arrays; None for this library's own kernels.
     """
 
     def __init__(
@@ -83,27 +105,35 @@ class Head:
         plan: RowPlan,
         dtype: str,
         *,
-        workspace: int,
-        product: Product = products.native,
+        workspace: int | None = None,
+        product: Product | None = None,
     ) -> None:
-        self.where = where
-        self.features, self.weight, self.plan = features, weight, plan
-        self.sparse = not isinstance(features, np.ndarray)
-        self.compute_dtype = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        self.backend = backend_named(self.compute_dtype.name)
-        self.bias = None if bias is None else self._numbers(bias)
-        self.product, self.workspace = product, workspace
-        self.kept = rows.kept(plan)
-        self.n_kept = plan.n_rows if self.kept is None else len(self.kept)
-        self.distribution = rows.distribution(plan, self.compute_dtype)
+        self.where, self.plan = where, plan
+        name = "float64" if dtype == "float64" else "float32"
+        self.compute_dtype = compute = np.dtype(name)
+        self._backend = backend_named(name)
+        self._product = products.native if product is None else product
+        self._sparse = is_sparse(features)
+        self._features = (
+            SparseRows(features, compute)
+            if self._sparse
+            else DenseRows(bits(features), self._readable(features))
+        )
+        self._weight = bits(weight)
+        self._bias = None if bias is None else self._numbers(bias)
+        in_bias = compute if bias is None else bits(bias).dtype
+        self.dtypes = self._features.dtype, self._weight.dtype, in_bias
+        self._kept = rows.kept(plan)
+        self._n_kept = plan.n_rows if self._kept is None else len(self._kept)
+        self.shape, self.all_kept = self._weight.shape, self._kept is None
+        self._workspace = workspace_bytes(where, None) if workspace is None else workspace
 
     def loss(self) -> NDArray[np.float64] | float:
         """Return the rows' losses ``(N,)`` with reduction "none", else their sum."""
         losses = _Losses(self.plan)
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
-            losses.add(chunk, self.backend.cross_entropy(z, chunk.planned, None, None))
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
+            losses.add(chunk, self._backend.cross_entropy(z, chunk.planned, None, None))
         return losses.found()
 
     def value_and_grad(
@@ -111,144 +141,170 @@ class Head:
     ) -> tuple[NDArray[np.float64] | float, LinearGrad]:
         """Return the loss and its gradients in x, W and b, as far as `wrt` wants them.
 
-        `upstream` multiplies the gradients: None, a float, or float64 ``(N,)``.
+        `upstream` multiplies the gradients: None, a float, or float64 ``(N,)``. The gradient in x
+        is ``(N, D)``; each is in its own argument's dtype.
         """
         if not any(wrt):
             return self.loss(), LinearGrad(None, None, None)
         losses, sums = _Losses(self.plan), _Sums(self, wrt)
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
             given = _part(upstream, chunk)
-            losses.add(chunk, self.backend.cross_entropy(z, chunk.planned, given, z))
-            sums.add(chunk, (z, chunk.features, self.weight))
-            sums.round(chunk)
+            losses.add(chunk, self._backend.cross_entropy(z, chunk.planned, given, z))
+            sums.add(chunk, z, chunk.features, self._weight)
+            sums.finish(chunk)
         return losses.found(), sums.found()
 
     def hvp(self, upstream: Any, vector: LinearGrad) -> LinearGrad:
         """Return the Hessian in x, W and b times `vector`, whose None parts are held fixed.
 
-        With z' = x' Wᵀ + x W'ᵀ + b' and h = (∂²λ/∂z²) z': h W + g W', hᵀ x + gᵀ x' and Σ h.
+        With z' = x' Wᵀ + x W'ᵀ + b' and h = (∂²λ/∂z²) z': h W + g W', hᵀ x + gᵀ x' and Σ h. The
+        parts of `vector` have the dtypes of what they are directions in; x' may be ``(…, D)``.
         """
-        sums = _Sums(self, tuple(part is not None for part in vector))
-        both = vector.input is not None and vector.linear_weight is not None
-        logits, along = self._buffer(2), self._buffer(2)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
-            along_x = None if vector.input is None else vector.input[chunk.rows]
-            h = self._along(chunk, along_x, vector, along)
+        wanted = vector.input is not None, vector.linear_weight is not None
+        if not any(wanted) and vector.linear_bias is None:
+            return vector
+        sums = _Sums(self, (*wanted, vector.linear_bias is not None))
+        along_x = None
+        if wanted[0]:
+            along_x = DenseRows(bits(vector.input), self._readable(vector.input))
+        along_weight = bits(vector.linear_weight) if wanted[1] else None
+        along_bias = None if vector.linear_bias is None else self._numbers(vector.linear_bias)
+        for chunk in self._chunks(2, along_x):
+            z, h, dx = self._logits(chunk), chunk.buffers[1], chunk.along
+            if along_weight is not None:
+                self._times(chunk.features, along_weight, h, along_bias)
+            if dx is not None and along_weight is not None:
+                self._product(dx, self._weight.T, h, accumulate=True)
+            elif dx is not None:
+                self._product(dx, self._weight.T, h, bias=along_bias)
+            elif along_weight is None:
+                h[...] = along_bias
             given = _part(upstream, chunk)
-            self.backend.hvp(z, chunk.planned, given, h, h)
-            sums.add(chunk, (h, chunk.features, self.weight))
-            if both:
-                self.backend.cross_entropy(z, chunk.planned, given, z)
-                sums.add(chunk, (z, along_x, vector.linear_weight), more=True)
-            sums.round(chunk)
+            self._backend.hvp(z, chunk.planned, given, h, h)
+            sums.add(chunk, h, chunk.features, self._weight)
+            if dx is not None and along_weight is not None:
+                self._backend.cross_entropy(z, chunk.planned, given, z)
+                sums.add(chunk, z, dx, along_weight, more=True)
+            sums.finish(chunk)
+            del dx  # as the chunk's own copies
         return sums.found()
 
     def stats(self) -> tuple[NDArray[Any], ...]:
         """Return logsumexp, target_logprob, entropy, argmax and target_rank, each ``(N,)``."""
         n = self.plan.n_rows
-        found = (
-            *(np.full(n, math.nan) for _ in range(3)),
-            *(np.full(n, -1, np.int64) for _ in range(2)),
-        )
-        logits = self._buffer(1)
-        for chunk in self._chunks(len(logits)):
-            z = self._logits(chunk, logits)
-            for whole, some in zip(found, self.backend.stats(z, chunk.planned), strict=True):
+        floats, integers = [np.full(n, math.nan) for _ in "123"], [np.full(n, -1) for _ in "12"]
+        for chunk in self._chunks(1):
+            z = self._logits(chunk)
+            found = self._backend.stats(z, chunk.planned)
+            for whole, some in zip((*floats, *integers), found, strict=True):
                 whole[chunk.rows] = some
-        return found
+        return *floats, *integers
 
     # Chunks and their logits ----------------------------------------------------------------------
 
-    def _buffer(self, n: int) -> NDArray[Any]:
-        """Return one of `n` buffers for a chunk's logits."""
-        return np.empty((self._chunk_rows(n), self.plan.n_classes), self.compute_dtype)
+    def _chunk_rows(self, n_buffers: int, along_x: DenseRows | None) -> int:
+        n_classes, n_features = self._weight.shape
+        compute, dropped = self.compute_dtype, self._kept is not None
+        # Beside its logits a row may need its gradient in x before that is rounded, and copies.
+        row = (n_buffers * n_classes + n_features) * compute.itemsize
+        row += scratch_bytes_a_row(compute) + self._features.copied_bytes(dropped)
+        if along_x is not None:
+            row += along_x.copied_bytes(dropped)
+        if self.plan.kind == "distribution":
+            target = self.plan.target
+            row += rows.distribution_rows(self.plan).copied_bytes(dropped)
+            converts = self._readable(target) != bits(target).dtype or not target.flags.aligned
+            row += converts * n_classes * compute.itemsize
+        if self._sparse:
+            scratch = self._tile_bytes
+        else:
+            scratch = scratch_bytes(self._n_kept, n_classes, n_features, compute)
+        room = max(self._workspace - scratch, self._workspace // 4)
+        cached = _CACHED_BYTES // row
+        n = max(1, min(room // row, cached) if cached >= _ENOUGH_ROWS else room // row)
+        # Chunks of about one length: none is so short that its products are slow.
+        n_chunks: int = max(1, math.ceil(self._n_kept / n))
+        return math.ceil(self._n_kept / n_chunks)
 
-    def _chunk_rows(self, n_buffers: int) -> int:
-        n_classes, n_features = self.weight.shape
-        size = self.compute_dtype.itemsize
-        # Beside its logits a row may need its features, gathered, and their gradient unrounded.
-        row = (n_buffers + self.sparse) * n_classes * size + n_features * 2 * size
-        most = max(1, (self.workspace - TILE_BYTES) // max(1, row))
-        cached = _CACHED_BYTES // max(1, (n_buffers * n_classes + n_features) * size)
-        n = min(most, cached) if cached >= _ENOUGH_ROWS else most
-        return int(-(-self.n_kept // max(1, -(-self.n_kept // n))))
+    def _chunks(self, n_buffers: int, along_x: DenseRows | None = None) -> Iterator[_Chunk]:
+        n = self._chunk_rows(n_buffers, along_x)
+        size = n, self.plan.n_classes
+        buffers = [np.empty(size, self.compute_dtype) for _ in range(n_buffers)]
+        for i in range(0, self._n_kept, max(1, n)):
+            end = min(self._n_kept, i + n)
+            some: Rows = slice(i, end)
+            if self._kept is not None:
+                some = self._kept[i:end]
+                if some[-1] - some[0] == len(some) - 1:
+                    some = slice(int(some[0]), int(some[-1]) + 1)
+            chunk = _Chunk(
+                some,
+                end - i,
+                self._features.take(some),
+                None if along_x is None else along_x.take(some),
+                self._planned(some),
+                [buffer[: end - i] for buffer in buffers],
+            )
+            yield chunk
+            # What was copied goes before the next is.
+            chunk.features = chunk.along = chunk.planned = None  # type: ignore[assignment]
 
-    def _chunks(self, n: int) -> Iterator[_Chunk]:
-        for i in range(0, self.n_kept, max(1, n)):
-            end = min(self.n_kept, i + n)
-            some = slice(i, end) if self.kept is None else self.kept[i:end]
-            planned = rows.part(self.plan, some, end - i), self._distribution(some)
-            yield _Chunk(some, end - i, self.features[some], planned)
+    def _planned(self, some: Rows) -> Planned:
+        plan = rows.part(self.plan, some)
+        if plan.kind != "distribution":
+            return plan, None
+        return plan, readable(bits(plan.target), self._readable(plan.target))
 
-    def _distribution(self, some: slice | NDArray[np.int64]) -> NDArray[Any] | None:
-        if self.distribution is None:
-            return None
-        target: NDArray[Any] = self.distribution.reshape(-1, self.plan.n_classes)[some]
-        return target
+    def _readable(self, array: NDArray[Any]) -> np.dtype[Any]:
+        """Return the dtype in which kernels read an array's numbers; bfloat16 as uint16."""
+        dtype = bits(array).dtype
+        known = rows.is_float(dtype) or dtype == np.uint16
+        return dtype.newbyteorder("=") if known else self.compute_dtype
 
     def _numbers(self, array: Any) -> NDArray[Any]:
-        return np.ascontiguousarray(products.as_compute(array, self.compute_dtype))
+        with np.errstate(all="ignore"):
+            return np.ascontiguousarray(as_compute(bits(array), self.compute_dtype))
 
-    def _logits(self, chunk: _Chunk, buffer: NDArray[Any]) -> NDArray[Any]:
-        z = buffer[: chunk.n]
-        self._times_weight(chunk.features, self.weight, z, bias=self.bias)
+    def _logits(self, chunk: _Chunk) -> NDArray[Any]:
+        z = chunk.buffers[0]
+        self._times(chunk.features, self._weight, z, self._bias)
         return z
 
-    def _along(
-        self, chunk: _Chunk, along_x: Any, vector: LinearGrad, buffer: NDArray[Any]
-    ) -> NDArray[Any]:
-        """Return z' = x' Wᵀ + x W'ᵀ + b'."""
-        along = buffer[: chunk.n]
-        bias = None if vector.linear_bias is None else self._numbers(vector.linear_bias)
-        if vector.linear_weight is not None:
-            self._times_weight(chunk.features, vector.linear_weight, along, bias=bias)
-            bias = None
-        elif along_x is None:
-            along[...] = 0 if bias is None else bias
-            return along
-        if along_x is not None:
-            more = vector.linear_weight is not None
-            self._times_weight(along_x, self.weight, along, accumulate=more, bias=bias)
-        return along
+    # Products -------------------------------------------------------------------------------------
 
-    def _times_weight(
-        self,
-        features: Any,
-        weight: NDArray[Any],
-        out: NDArray[Any],
-        *,
-        accumulate: bool = False,
-        bias: NDArray[Any] | None = None,
+    @property
+    def _tile_bytes(self) -> int:
+        """Where x is sparse, what a tile of classes may take: SciPy copies what it multiplies."""
+        return self._workspace // 4
+
+    def _times(
+        self, features: Any, weight: NDArray[Any], out: NDArray[Any], bias: NDArray[Any] | None
     ) -> None:
-        if isinstance(features, np.ndarray):
-            self.product(features, weight.T, out, accumulate=accumulate, bias=bias)
-            return
-        for some in self._tiles(len(weight)):
-            tile = features @ products.as_compute(weight[some], self.compute_dtype).T
-            out[:, some] = tile if bias is None else tile + bias[some]
+        """Write x Wᵀ + b."""
+        if self._sparse:
+            sparse_times_weight(features, weight, out, bias, self._tile_bytes)
+        else:
+            self._product(features, weight.T, out, bias=bias)
 
-    def _tiles(self, n_classes: int) -> Iterator[slice]:
-        """Cut the classes so that D numbers each, copied, take `TILE_BYTES`."""
-        n_features = self.weight.shape[1]
-        n = max(1, TILE_BYTES // max(1, n_features * self.compute_dtype.itemsize))
-        return (slice(i, i + n) for i in range(0, n_classes, n))
+    def add_to_input(
+        self, g: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], accumulate: bool
+    ) -> None:
+        """Write or add g W."""
+        self._product(g, weight, out, accumulate=accumulate)
 
     def add_to_weight(
-        self, g: NDArray[Any], features: Any, out: NDArray[Any], *, accumulate: bool
+        self, g: NDArray[Any], features: Any, out: NDArray[Any], accumulate: bool
     ) -> None:
         """Write or add gᵀ x."""
-        if isinstance(features, np.ndarray):
-            self.product(g.T, features, out, accumulate=accumulate)
-            return
-        for some in self._tiles(len(out)):
-            tile = (features.T @ g[:, some]).T
-            if accumulate:
-                out[some] += tile
-            else:
-                out[some] = tile
+        if self._sparse:
+            sparse_add_to_weight(g, features, out, accumulate, self._tile_bytes)
+        else:
+            self._product(g.T, features, out, accumulate=accumulate)
+
+    def add_to_bias(self, g: NDArray[Any], out: NDArray[Any], accumulate: bool) -> None:
+        """Write or add the sum of the rows of g to out ``(1, V)``."""
+        self._product(np.ones((1, len(g)), g.dtype), g, out, accumulate=accumulate)
 
 
 class _Losses:
@@ -270,71 +326,78 @@ class _Losses:
         try:
             return math.fsum(self._sums)
         except (OverflowError, ValueError):  # beyond float64, or infinities of both signs
-            return float(np.sum(self._sums))
+            with np.errstate(all="ignore"):
+                return float(np.sum(self._sums))
 
 
 class _Sums:
     """The gradients in x, W and b that are wanted, chunk by chunk."""
 
-    def __init__(self, head: Head, wrt: tuple[bool, ...]) -> None:
-        n_classes, n_features = head.weight.shape
-        dtype = head.weight.dtype
-        self._head, compute = head, head.compute_dtype
-        self._wide = dtype == compute  # outputs take the sums as they are
+    def __init__(self, head: Head, wrt: tuple[bool, bool, bool]) -> None:
+        self._head, self._compute = head, head.compute_dtype
+        self._input_dtype, self._weight_dtype, self._bias_dtype = head.dtypes
+        n_classes, n_features = head.shape
+        make = np.empty if head.all_kept else np.zeros
         shape = head.plan.n_rows, n_features
-        all_kept = head.kept is None
-        self._input = (np.empty if all_kept else np.zeros)(shape, dtype) if wrt[0] else None
-        self._weight = np.empty((n_classes, n_features), compute) if wrt[1] else None
-        self._bias = np.empty((1, n_classes), compute) if wrt[2] else None
+        self._input = make(shape, self._input_dtype) if wrt[0] else None
+        self._weight = np.empty((n_classes, n_features), self._compute) if wrt[1] else None
+        self._bias = np.empty((1, n_classes), self._compute) if wrt[2] else None
         self._rows: NDArray[Any] | None = None  # of the chunk's gradient in x
+        self._spare: NDArray[Any] | None = None  # for them, where they cannot lie in their place
         self._first = True
 
-    def add(self, chunk: _Chunk, given: tuple[Any, Any, Any], *, more: bool = False) -> None:
-        """Add g W, gᵀ x and Σ g of ``(g, x, W)``; `more`: to the same rows, and no Σ g."""
-        g, features, weight = given
-        head, later = self._head, more or not self._first
+    def add(
+        self,
+        chunk: _Chunk,
+        g: NDArray[Any],
+        features: Any,
+        weight: NDArray[Any],
+        more: bool = False,
+    ) -> None:
+        """Add g W, gᵀ x and Σ g; `more`: to the same rows' g W, and no Σ g."""
+        later = not self._first
         if self._input is not None:
             if not more:
-                direct = self._wide and isinstance(chunk.rows, slice)
-                new = (chunk.n, weight.shape[1])
-                self._rows = (
-                    self._input[chunk.rows] if direct else np.empty(new, head.compute_dtype)
-                )
+                self._rows = self._place(self._input, chunk)
             assert self._rows is not None
-            head.product(g, weight, self._rows, accumulate=more)
+            self._head.add_to_input(g, weight, self._rows, more)
         if self._weight is not None:
-            head.add_to_weight(g, features, self._weight, accumulate=later)
+            self._head.add_to_weight(g, features, self._weight, later)
         if self._bias is not None and not more:
-            head.product(np.ones((1, chunk.n), g.dtype), g, self._bias, accumulate=later)
+            self._head.add_to_bias(g, self._bias, later)
         self._first = False
 
-    def round(self, chunk: _Chunk) -> None:
-        """Put the chunk's gradient in x in its place, if it is not made there."""
-        rows, self._rows = self._rows, None
-        if rows is None or self._input is None or rows.base is self._input:
+    def _place(self, whole: NDArray[Any], chunk: _Chunk) -> NDArray[Any]:
+        if whole.dtype == self._compute and isinstance(chunk.rows, slice):
+            return whole[chunk.rows]
+        if self._spare is None or len(self._spare) < chunk.n:
+            self._spare = np.empty((chunk.n, whole.shape[1]), self._compute)
+        return self._spare[: chunk.n]
+
+    def finish(self, chunk: _Chunk) -> None:
+        """Put the chunk's gradient in x in its place, if it was not made there."""
+        if self._input is None or self._rows is None or self._rows.base is self._input:
             return
-        if self._wide:
-            self._input[chunk.rows] = rows
+        if isinstance(chunk.rows, slice):
+            store(self._rows, self._input[chunk.rows])
         else:
-            rounded = np.empty(rows.shape, self._input.dtype)
-            products.store(rows, rounded)
-            self._input[chunk.rows] = rounded
+            store(self._rows, self._input, chunk.rows)
 
     def found(self) -> LinearGrad:
-        bias = None if self._bias is None else self._bias[0]
-        return LinearGrad(self._input, self._rounded(self._weight), self._rounded(bias))
+        """Return the gradients, each in its argument's dtype."""
+        bias = self._rounded(self._bias, self._bias_dtype)
+        weight = self._rounded(self._weight, self._weight_dtype)
+        return LinearGrad(self._input, weight, None if bias is None else bias[0])
 
-    def _rounded(self, sums: NDArray[Any] | None) -> NDArray[Any] | None:
+    def _rounded(self, sums: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any] | None:
         if sums is None:
             return None
         if self._first:
             sums[...] = 0  # no row was kept
-        if self._wide:
+        if sums.dtype == dtype:
             return sums
-        rounded = np.empty(sums.shape, self._head.weight.dtype)
-        n = max(1, TILE_BYTES // (8 * max(1, sums[0].size)))
-        for i in range(0, len(sums), n):
-            products.store(sums[i : i + n], rounded[i : i + n])
+        rounded = np.empty(sums.shape, dtype)
+        store(sums, rounded)
         return rounded
 
 

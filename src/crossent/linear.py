@@ -1,26 +1,138 @@
-"""The NumPy front end of the fused head: features and weights in, loss and gradients out.
+"""The fused head from NumPy: features and weights in, loss and gradients out, no logits between.
 
-Conventions: `input` holds features x ``(…, D)``, `linear_weight` W ``(V, D)``, `linear_bias` b
-``(V,)``; the logits z = x Wᵀ + b ``(…, V)`` are never held as a whole. "The rows' shape" is
-`input`'s without its last axis. All three take the dtype that NumPy promotes them to; float16 and
-bfloat16 (`ml_dtypes`) are computed in float32 and rounded once. The algorithm is in `head.py`, the
-meaning of the options in `rows.py`.
+Conventions: `input` holds D features a row along its last axis, in an array ``(…, D)`` or a SciPy
+sparse matrix ``(N, D)``; "the rows' shape" is its shape without that axis; the classes are the last
+axis of whatever has one. float64, float32, float16 and bfloat16 (`ml_dtypes`) are taken as they
+are; integers and lists become float64. Where one of `input` and `linear_weight` is float64, all is
+computed in float64, else in float32. The algorithm is in `head.py`, the meaning in `rows.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from crossent import call, rows, runtime
 from crossent import options as errors
+from crossent import rows
+from crossent.call import Asked, as_logits, stats_question
+from crossent.features import is_sparse
 from crossent.head import Head, LinearGrad
-from crossent.numpy import LossGrad, RowStats
+from crossent.numpy import LossGrad, RowStats, row_stats
 from crossent.options import Options, Reduction
+from crossent.runtime import workspace_bytes
 
-_NAMES = ("input", "linear_weight", "linear_bias")
+_ALL = ("input", "linear_weight", "linear_bias")
+_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+
+
+class _LinearCall(Asked):
+    """One call's features, weights and bias, checked."""
+
+    def __init__(
+        self, where: str, input: Any, linear_weight: Any, linear_bias: Any, workspace_mb: Any
+    ) -> None:
+        self.where = where
+        self.workspace = workspace_bytes(where, workspace_mb)
+        self.sparse = is_sparse(input)
+        self.input = _features(where, input, self.sparse)
+        self.weight = _dense(where, "linear_weight", linear_weight)
+        n_features = self.input.shape[-1]
+        shape = self.weight.shape
+        if len(shape) != 2 or shape[1] != n_features or shape[0] == 0:
+            raise errors.bad_linear_weight(where, shape, n_features)
+        self.bias = None
+        if linear_bias is not None:
+            self.bias = _dense(where, "linear_bias", linear_bias)
+            if self.bias.shape != shape[:1]:
+                expected = f"({shape[0]},), one for each class"
+                raise errors.bad_shape(where, "linear_bias", expected, self.bias.shape)
+        self.rows_shape = self.input.shape[:-1]
+        wide = _FLOAT64 in (_dtype(self.input), self.weight.dtype)
+        self.compute_dtype = _FLOAT64 if wide else _FLOAT32
+
+    def head(self, target: ArrayLike, options: Options) -> Head:
+        """Lower the options for this call's logits."""
+        shape = (*self.rows_shape, self.weight.shape[0])
+        plan = rows.lower(
+            self.where, shape, len(shape) - 1, self.compute_dtype, target, options, "logits"
+        )
+        name = "float64" if self.compute_dtype is _FLOAT64 else "float32"  # .name takes 5 µs
+        layer = self.input, self.weight, self.bias
+        return Head(self.where, *layer, plan, name, workspace=self.workspace)
+
+    def wrt(self, given: str | Sequence[str]) -> tuple[bool, bool, bool]:
+        """Tell which gradients are wanted; of what is there, in the default."""
+        names = (given,) if isinstance(given, str) else tuple(given)
+        if not all(isinstance(name, str) and name in _ALL for name in names):
+            raise errors.bad_wrt(self.where, given, _ALL)
+        if self.sparse and "input" in names:
+            if given is not _ALL:
+                instead = "leave 'input' out of wrt"
+                raise errors.sparse_gradient(self.where, "wrt names", instead)
+            names = _ALL[1:]
+        return "input" in names, _ALL[1] in names, _ALL[2] in names and self.bias is not None
+
+    def vector(self, given: Any) -> LinearGrad:
+        """Return directions in the dtypes of what they are directions in."""
+        if not isinstance(given, tuple | list) or len(given) != 3:
+            raise errors.bad_vector(self.where, given)
+        if self.sparse and given[0] is not None:
+            instead = "pass None as vector.input"
+            raise errors.sparse_gradient(self.where, "vector.input is a direction in", instead)
+        if self.bias is None and given[2] is not None:
+            raise errors.no_bias(self.where)
+        along: list[NDArray[Any] | None] = []
+        for name, of, part in zip(_ALL, (self.input, self.weight, self.bias), given, strict=True):
+            if part is None or of is None:
+                along.append(None)
+                continue
+            direction = _dense(self.where, f"vector.{name}", part)
+            if direction.shape != of.shape:
+                expected = f"{of.shape}, that of {name}"
+                raise errors.bad_shape(self.where, f"vector.{name}", expected, direction.shape)
+            with np.errstate(all="ignore"):
+                along.append(direction.astype(_dtype(of), copy=False))
+        return LinearGrad(*along)
+
+    def grads(self, found: LinearGrad) -> LinearGrad:
+        """Return gradients in their arguments' shapes, and bfloat16 as itself."""
+        dx, dw, db = found
+        if dx is not None:
+            dx = dx.view(_dtype(self.input)).reshape(self.input.shape)
+        dw = None if dw is None else dw.view(self.weight.dtype)
+        db = None if db is None or self.bias is None else db.view(self.bias.dtype)
+        return LinearGrad(dx, dw, db)
+
+
+def _features(where: str, input: Any, sparse: bool) -> Any:
+    """Return features that `Head` takes."""
+    if sparse:
+        if input.ndim != 2:
+            raise errors.bad_features_ndim(where, input.ndim, sparse)
+        if not rows.is_float(input.dtype) and input.dtype.kind not in "iu":
+            raise errors.bad_input_dtype(where, "input", input.dtype)
+        return input.tocsr()
+    array = errors.as_array(where, "input", input)
+    # Integers become float64 chunk by chunk; a head takes those of 16 bits for bfloat16.
+    if array.dtype.kind not in "iu" or array.dtype == np.uint16:
+        array = as_logits(where, "input", array)
+    if array.ndim == 0:
+        raise errors.bad_features_ndim(where, 0, sparse)
+    return array
+
+
+def _dense(where: str, name: str, value: Any) -> NDArray[Any]:
+    if is_sparse(value):
+        raise errors.not_dense(where, name)
+    return as_logits(where, name, value)
+
+
+def _dtype(array: Any) -> np.dtype[Any]:
+    """Return the dtype that the numbers of `array` are taken in, and its gradient is given in."""
+    return array.dtype if rows.is_float(array.dtype) else _FLOAT64
 
 
 def linear_cross_entropy(
@@ -41,31 +153,31 @@ def linear_cross_entropy(
     target_prob: ArrayLike | None = None,
     workspace_mb: float | None = None,
 ) -> Any:
-    """Return the cross-entropy of z = x Wᵀ + b without holding the logits.
+    """Return `cross_entropy` of the logits x Wᵀ + b, without holding them.
 
     Parameters
     ----------
-    input : array_like (…, D), or a SciPy sparse matrix (N, D)
-        Features x. Sparse ones are taken as CSR and never made dense.
+    input : array_like (…, D), or scipy.sparse matrix (N, D)
+        Features x. A sparse matrix stays sparse; any format but CSR is converted to CSR.
     linear_weight : array_like (V, D)
-        W, a row for each class.
+        Weights W of V classes.
     target : array_like
-        Class indices (integers, the rows' shape), probabilities (floats, the rows' shape and V),
-        or, with `target_prob`, K class ids a row (the rows' shape and K).
+        Class indices (integers, the rows' shape), probabilities â (floats, the rows' shape and V),
+        or, with `target_prob`, class ids (the rows' shape and K).
     linear_bias : array_like (V,), optional
         b.
-    weight, sample_weight, ignore_index, label_smoothing, z_loss, logit_scale, softcap, \
-reduction, divisor, target_prob
-        As for `cross_entropy`. Rows that are ignored or of weight 0 are left out before anything is
-        multiplied.
+    weight, sample_weight, ignore_index, label_smoothing, z_loss, logit_scale, softcap, reduction, \
+divisor, target_prob
+        As for `cross_entropy`. Rows that are dropped (`ignore_index`, a row weight of 0) are not
+        read, and cost nothing.
     workspace_mb : float > 0, optional
-        Memory to use beside the outputs, in units of 2**20 bytes; by default
-        ``CROSSENT_WORKSPACE_MB``, else 128. One row's logits and 8 are used at least.
+        Memory to use beside inputs and outputs, in units of 2**20 bytes; by default
+        ``CROSSENT_WORKSPACE_MB``, else 128. One row's logits and a few MB are used in any case.
 
     Returns
     -------
     NumPy scalar, or an ndarray of the rows' shape with reduction="none"
-        float64 for float64 features, weights and bias, else float32.
+        float64 where `input` or `linear_weight` is, else float32.
 
     Raises
     ------
@@ -76,17 +188,17 @@ reduction, divisor, target_prob
 
     Notes
     -----
-    See docs/head.md for the algorithm, docs/maths.md for the formulas.
+    docs/head.md says how, and docs/maths.md has the formulas.
 
     Examples
     --------
-    >>> features = [[1.0, 2.0], [0.5, -1.0]]
-    >>> weights = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-    >>> print(round(linear_cross_entropy(features, weights, [2, 0]), 4))
-    0.436
+    >>> input, weight = [[1.0, 2.0], [3.0, -1.0]], [[0.5, 0.0], [0.0, 0.5], [-0.5, -0.5]]
+    >>> loss = linear_cross_entropy(input, weight, [1, 0], linear_bias=[0.0, 0.1, 0.2])
+    >>> print(round(loss, 4))
+    0.3587
     """
-    given = _Given("linear_cross_entropy", input, linear_weight, linear_bias)
-    plan = given.plan(
+    call = _LinearCall("linear_cross_entropy", input, linear_weight, linear_bias, workspace_mb)
+    head = call.head(
         target,
         Options(
             weight,
@@ -101,7 +213,7 @@ reduction, divisor, target_prob
             target_prob,
         ),
     )
-    return given.loss(plan, given.head(plan, workspace_mb).loss())
+    return call.loss(head.plan, head.loss())
 
 
 def linear_cross_entropy_value_and_grad(
@@ -120,49 +232,53 @@ def linear_cross_entropy_value_and_grad(
     reduction: Reduction = "mean",
     divisor: float | None = None,
     target_prob: ArrayLike | None = None,
-    wrt: str | tuple[str, ...] | None = None,
+    wrt: str | Sequence[str] = _ALL,
     grad_output: ArrayLike | None = None,
     workspace_mb: float | None = None,
 ) -> LossGrad:
-    """Return `linear_cross_entropy` and its gradients in features, weights and bias.
+    """Return `linear_cross_entropy` and its gradients, without holding logits or their gradient.
 
     Parameters
     ----------
     input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, \
 label_smoothing, z_loss, logit_scale, softcap, reduction, divisor, target_prob, workspace_mb
         As for `linear_cross_entropy`.
-    wrt : names out of "input", "linear_weight" and "linear_bias", optional
-        The gradients that are wanted: by default all, but for that in sparse features, which would
-        be dense. The others cost nothing.
+    wrt : str or sequence of str
+        Which of "input", "linear_weight" and "linear_bias" to differentiate in; what is left out
+        costs nothing. A sparse `input` has no gradient here: the default leaves it out.
     grad_output : float, or array_like of the rows' shape with reduction="none", optional
         Upstream gradient: multiplies the gradients (not the loss).
 
     Returns
     -------
     LossGrad
-        ``loss`` as of `linear_cross_entropy`; ``grad``, a `LinearGrad` of ``input``,
-        ``linear_weight`` and ``linear_bias``, each of its argument's shape in the common dtype;
-        None where it was not asked for, and for a bias that is None.
+        ``loss`` as `linear_cross_entropy` returns it, and ``grad``, a
+        LinearGrad(input, linear_weight, linear_bias) of arrays of their arguments' shapes and
+        dtypes (float64 for integers); None where `wrt` leaves one out or there is no bias.
 
     Raises
     ------
     IndexError, TypeError, ValueError
-        As `linear_cross_entropy`, and for a name in `wrt` that is none of the three.
+        As `linear_cross_entropy`, and for a `wrt` that names something else, or a sparse `input`.
 
     Notes
     -----
-    With g = ∂λ/∂z, a − â for a plain row: g W, gᵀ x and Σ g; see docs/maths.md.
+    With g the gradient in the logits: g W, gᵀ x and Σ g over the rows ((M12) to (M14) of
+    docs/maths.md).
 
     Examples
     --------
-    >>> found = linear_cross_entropy_value_and_grad([1.0, 2.0], [[0.0, 0.0], [0.0, 0.0]], 0)
-    >>> found.grad.linear_weight
-    array([[-0.5, -1. ],
-           [ 0.5,  1. ]])
+    >>> loss, grad = linear_cross_entropy_value_and_grad(
+    ...     [[1.0, 2.0]], [[0.5, 0.0], [0.0, 0.5]], [1], wrt="linear_weight"
+    ... )
+    >>> grad.linear_weight.round(3)
+    array([[ 0.378,  0.755],
+           [-0.378, -0.755]])
     """
-    given = _Given("linear_cross_entropy_value_and_grad", input, linear_weight, linear_bias)
-    wanted = given.wanted(wrt)
-    plan = given.plan(
+    where = "linear_cross_entropy_value_and_grad"
+    call = _LinearCall(where, input, linear_weight, linear_bias, workspace_mb)
+    wanted = call.wrt(wrt)
+    head = call.head(
         target,
         Options(
             weight,
@@ -177,9 +293,8 @@ label_smoothing, z_loss, logit_scale, softcap, reduction, divisor, target_prob, 
             target_prob,
         ),
     )
-    upstream = call.upstream(given.where, plan, grad_output)
-    found, grad = given.head(plan, workspace_mb).value_and_grad(upstream, wanted)
-    return LossGrad(given.loss(plan, found), given.shaped(grad))
+    loss, found = head.value_and_grad(call.upstream(head.plan, grad_output), wanted)
+    return LossGrad(call.loss(head.plan, loss), call.grads(found))
 
 
 def linear_cross_entropy_hvp(
@@ -202,22 +317,24 @@ def linear_cross_entropy_hvp(
     grad_output: ArrayLike | None = None,
     workspace_mb: float | None = None,
 ) -> LinearGrad:
-    """Return the Hessian of `linear_cross_entropy` in features, weights and bias times `vector`.
+    """Return the Hessian of `linear_cross_entropy` in x, W and b times `vector`.
 
     Parameters
     ----------
     input, linear_weight, target, linear_bias, weight, sample_weight, ignore_index, \
-label_smoothing, z_loss, logit_scale, softcap, reduction, divisor, target_prob, grad_output, \
-workspace_mb
-        As for `linear_cross_entropy_value_and_grad`.
-    vector : LinearGrad, or three of these
-        Directions of the shapes of `input`, `linear_weight` and `linear_bias`; None holds an
-        argument fixed. What two directions have in common counts in both answers.
+label_smoothing, z_loss, logit_scale, softcap, reduction, divisor, target_prob, workspace_mb
+        As for `linear_cross_entropy`.
+    vector : LinearGrad(input, linear_weight, linear_bias)
+        The direction: array_likes of the arguments' shapes, in their dtypes or converted to them.
+        What is None is held fixed; a sparse `input` has to be.
+    grad_output : float, or array_like of the rows' shape with reduction="none", optional
+        Upstream gradient.
 
     Returns
     -------
     LinearGrad
-        The products, in the common dtype; None where `vector` is. With reduction="none", of the sum
+        Arrays of the arguments' shapes and dtypes; None where `vector` holds None. The terms that
+        `input` and `linear_weight` have in common are counted. With reduction="none", of the sum
         of the rows' losses weighted by `grad_output`.
 
     Raises
@@ -227,19 +344,21 @@ workspace_mb
 
     Notes
     -----
-    With z' = x' Wᵀ + x W'ᵀ + b' and h = (∂²λ/∂z²) z': h W + g W', hᵀ x + gᵀ x' and Σ h; see
-    docs/head.md.
+    With z' = x' Wᵀ + x W'ᵀ + b', g the gradient in the logits and h their Hessian times z':
+    h W + g W', hᵀ x + gᵀ x' and Σ h over the rows ((M29) of docs/maths.md).
 
     Examples
     --------
-    >>> frozen = LinearGrad(None, [[1.0, 0.0], [0.0, 0.0]], None)
-    >>> linear_cross_entropy_hvp([1.0, 2.0], [[0.0, 0.0], [0.0, 0.0]], 0, frozen).linear_weight
+    >>> product = linear_cross_entropy_hvp(
+    ...     [[1.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [0], LinearGrad(None, [[1, 0], [0, 0]], None)
+    ... )
+    >>> product.linear_weight
     array([[ 0.25,  0.5 ],
            [-0.25, -0.5 ]])
     """
-    given = _Given("linear_cross_entropy_hvp", input, linear_weight, linear_bias)
-    along = given.directions(vector)
-    plan = given.plan(
+    call = _LinearCall("linear_cross_entropy_hvp", input, linear_weight, linear_bias, workspace_mb)
+    along = call.vector(vector)
+    head = call.head(
         target,
         Options(
             weight,
@@ -254,8 +373,7 @@ workspace_mb
             target_prob,
         ),
     )
-    upstream = call.upstream(given.where, plan, grad_output)
-    return given.shaped(given.head(plan, workspace_mb).hvp(upstream, along))
+    return call.grads(head.hvp(call.upstream(head.plan, grad_output), along))
 
 
 def linear_cross_entropy_stats(
@@ -270,7 +388,7 @@ def linear_cross_entropy_stats(
     softcap: float | None = None,
     workspace_mb: float | None = None,
 ) -> RowStats:
-    """Return what the softmax of z = x Wᵀ + b says of each row, without holding the logits.
+    """Return what the softmax of x Wᵀ + b says of each row, without holding the logits.
 
     Parameters
     ----------
@@ -278,13 +396,16 @@ def linear_cross_entropy_stats(
         As for `linear_cross_entropy`.
     target : array_like of integers, the rows' shape, optional
         Class indices.
-    sample_weight, ignore_index, logit_scale, softcap
-        As for `cross_entropy_stats`.
+    sample_weight : array_like, the rows' shape or broadcast to it, optional
+        Rows of weight 0 are dropped; other weights have no effect.
+    ignore_index, logit_scale, softcap
+        As for `cross_entropy`.
 
     Returns
     -------
     RowStats
-        As of `cross_entropy_stats`, arrays of the rows' shape.
+        As `cross_entropy_stats` returns it; float64 where `input` or `linear_weight` is, else
+        float32.
 
     Raises
     ------
@@ -293,144 +414,17 @@ def linear_cross_entropy_stats(
 
     Examples
     --------
-    >>> stats = linear_cross_entropy_stats([[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]], [0])
+    >>> stats = linear_cross_entropy_stats([[1.0, 2.0]], [[0.5, 0.0], [0.0, 0.5]], [0])
     >>> int(stats.argmax[0]), int(stats.target_rank[0])
     (1, 1)
     """
-    given = _Given("linear_cross_entropy_stats", input, linear_weight, linear_bias)
-    # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
-    with_target = target is not None
-    options = Options(
-        sample_weight=sample_weight,
-        ignore_index=ignore_index if with_target else Options().ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        reduction="none",
+    call = _LinearCall(
+        "linear_cross_entropy_stats", input, linear_weight, linear_bias, workspace_mb
     )
-    plan = given.plan(np.zeros(given.lead, np.int64) if target is None else target, options)
-    if plan.kind != "index":
-        raise errors.bad_target_dtype_for_stats(given.where, plan.target.dtype)
-    found = given.head(plan, workspace_mb).stats()
-    lse, logprob, entropy, argmax, rank = (a.reshape(plan.rows_shape) for a in found)
-    return RowStats(
-        call.rounded(lse, given.compute_dtype),
-        call.rounded(logprob, given.compute_dtype) if with_target else None,
-        call.rounded(entropy, given.compute_dtype),
-        argmax,
-        rank if with_target else None,
+    asked, options = stats_question(
+        target, call.rows_shape, sample_weight, ignore_index, logit_scale, softcap
     )
-
-
-class _Layer(NamedTuple):
-    """x, W and b as arrays of one dtype; x may be CSR."""
-
-    input: Any
-    linear_weight: NDArray[Any]
-    linear_bias: NDArray[Any] | None
-
-
-class _Given:
-    """One call's layer: checked, in one dtype, the features in rows."""
-
-    def __init__(self, where: str, input: Any, weight: Any, bias: Any) -> None:
-        self.where = where
-        self.sparse = hasattr(input, "tocsr")
-        features = input.tocsr() if self.sparse else call.as_logits(where, "input", input)
-        layer = [features, call.as_logits(where, "linear_weight", weight)]
-        if bias is not None:
-            layer.append(call.as_logits(where, "linear_bias", bias))
-        if self.sparse and features.dtype.kind not in "fiu":
-            raise errors.bad_input_dtype(where, "input", features.dtype)
-        if self.sparse and features.dtype.kind in "iu":
-            layer[0] = features = features.astype(np.float64)
-        self._check_shapes(features, layer[1], layer[2] if bias is not None else None)
-        self.dtype = layer[1].dtype
-        if any(array.dtype != self.dtype for array in layer):
-            self.dtype = np.result_type(*(array.dtype for array in layer))
-            layer = [array.astype(self.dtype, copy=False) for array in layer]
-        self.compute_dtype = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-        self.lead = features.shape[:-1]
-        if not self.sparse:
-            layer[0] = layer[0].reshape(-1, features.shape[-1]) if features.ndim != 2 else layer[0]
-        self.layer = _Layer(layer[0], layer[1], layer[2] if bias is not None else None)
-        self.shapes = features.shape, layer[1].shape, layer[1].shape[:1]
-
-    def _check_shapes(self, features: Any, weight: NDArray[Any], bias: Any) -> None:
-        where = self.where
-        if features.ndim == 0:
-            raise errors.bad_shape(where, "input", "(…, D)", features.shape)
-        if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != features.shape[-1]:
-            expected = f"(V, {features.shape[-1]}), V ≥ 1 classes for the features of this input"
-            raise errors.bad_shape(where, "linear_weight", expected, weight.shape)
-        if bias is not None and bias.shape != weight.shape[:1]:
-            expected = f"{weight.shape[:1]}, one for each class"
-            raise errors.bad_shape(where, "linear_bias", expected, bias.shape)
-
-    def plan(self, target: ArrayLike, options: Options) -> rows.RowPlan:
-        """Lower the options for the logits of this layer."""
-        shape = (*self.lead, self.shapes[1][0])
-        return rows.lower(self.where, shape, len(self.lead), self.compute_dtype, target, options)
-
-    def head(self, plan: rows.RowPlan, workspace_mb: float | None) -> Head:
-        """Return the head that computes it."""
-        bias = self.layer.linear_bias
-        return Head(
-            self.where,
-            self.layer.input if self.sparse else _bits(self.layer.input),
-            _bits(self.layer.linear_weight),
-            None if bias is None else _bits(bias),
-            plan,
-            self.dtype.name,
-            workspace=runtime.workspace_bytes(self.where, workspace_mb),
-        )
-
-    def wanted(self, wrt: str | tuple[str, ...] | None) -> tuple[bool, bool, bool]:
-        """Tell which gradients are asked for, and there to be had."""
-        if wrt is None:
-            wrt = _NAMES[1:] if self.sparse else _NAMES
-        names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        for name in names:
-            if name not in _NAMES:
-                raise errors.bad_wrt(self.where, _NAMES, name)
-        if self.sparse and "input" in names:
-            raise errors.sparse_gradient(self.where)
-        has_bias = self.layer.linear_bias is not None
-        return "input" in names, "linear_weight" in names, "linear_bias" in names and has_bias
-
-    def directions(self, vector: Any) -> LinearGrad:
-        """Return a direction in each argument as the head reads it."""
-        if not isinstance(vector, tuple | list) or len(vector) != len(_NAMES):
-            expected = "a LinearGrad: directions in input, linear_weight and linear_bias, or None"
-            raise errors.bad_array(self.where, "vector", expected, vector)
-        if self.sparse and vector[0] is not None:
-            raise errors.sparse_gradient(self.where)
-        found: list[NDArray[Any] | None] = []
-        for name, part, shape in zip(_NAMES, vector, self.shapes, strict=True):
-            if part is None:
-                found.append(None)
-                continue
-            array = call.as_logits(self.where, f"vector.{name}", part)
-            if array.shape != shape:
-                raise errors.bad_shape(self.where, f"vector.{name}", f"{shape}", array.shape)
-            with np.errstate(over="ignore"):
-                array = array.astype(self.dtype, copy=False)
-            found.append(_bits(array.reshape(-1, shape[-1]) if name == "input" else array))
-        return LinearGrad(*found)
-
-    def loss(self, plan: rows.RowPlan, found: Any) -> Any:
-        """Return the loss in the compute dtype."""
-        return call.loss(plan, found, self.compute_dtype)
-
-    def shaped(self, grad: LinearGrad) -> LinearGrad:
-        """Return gradients in the arguments' shapes and their dtype."""
-        return LinearGrad(
-            *(
-                None if part is None else part.view(self.dtype).reshape(shape)
-                for part, shape in zip(grad, self.shapes, strict=True)
-            )
-        )
-
-
-def _bits(array: NDArray[Any]) -> NDArray[Any]:
-    """Return bfloat16 as uint16, which is how the head reads it."""
-    return array.view(np.uint16) if array.dtype.kind == "V" else array
+    head = call.head(asked, options)
+    if head.plan.kind != "index":
+        raise errors.bad_target_dtype_for_stats(call.where, head.plan.target.dtype)
+    return row_stats(call, head.plan, head.stats(), target)

@@ -14,12 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from crossent import options as errors
 from crossent import reference
-from crossent.call import Call, as_logits
+from crossent.call import Asked, Call, as_logits, stats_question
 from crossent.options import Options, Reduction
+from crossent.rows import RowPlan
 
 
 class LossGrad(NamedTuple):
-    """A loss and its gradient: in the logits an array, in a head's arguments a `LinearGrad`."""
+    """A loss and its gradient: an array like the logits, or a head's `LinearGrad`."""
 
     loss: Any
     grad: Any
@@ -452,26 +453,26 @@ def cross_entropy_stats(
     (0, 1)
     """
     call = Call("cross_entropy_stats", input, axis)
-    # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
-    given = target is not None
-    options = Options(
-        sample_weight=sample_weight,
-        ignore_index=ignore_index if given else Options().ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        reduction="none",
+    asked, options = stats_question(
+        target, call.rows_shape, sample_weight, ignore_index, logit_scale, softcap
     )
-    plan = call.plan(np.zeros(call.rows_shape, np.int64) if target is None else target, options)
+    plan = call.plan(asked, options)
     if plan.kind != "index":
         raise errors.bad_target_dtype_for_stats(call.where, plan.target.dtype)
-    found = call.backend.stats(call.view, call.viewed(plan))
+    return row_stats(call, plan, call.backend.stats(call.view, call.viewed(plan)), target)
+
+
+def row_stats(
+    call: Asked, plan: RowPlan, found: tuple[NDArray[Any], ...], target: object
+) -> RowStats:
+    """Return what a backend found, in the rows' shape and the compute dtype."""
     lse, logprob, entropy, argmax, rank = (a.reshape(plan.rows_shape) for a in found)
     return RowStats(
         call.rounded(lse),
-        call.rounded(logprob) if given else None,
+        None if target is None else call.rounded(logprob),
         call.rounded(entropy),
         argmax,
-        rank if given else None,
+        None if target is None else rank,
     )
 
 

@@ -230,14 +230,19 @@ def bad_target_dtype(where: str, dtype: object) -> TypeError:
 
 
 def bad_target_shape(
-    where: str, got: tuple[int, ...], dtype: object, rows: tuple[int, ...], full: tuple[int, ...]
+    where: str,
+    got: tuple[int, ...],
+    dtype: object,
+    rows: tuple[int, ...],
+    full: tuple[int, ...],
+    named: str = "an input",
 ) -> ValueError:
-    """A target of no shape that fits the logits."""
+    """A target of no shape that fits the logits, which the message calls `named`."""
     if np.issubdtype(np.dtype(str(dtype)) if dtype != "bfloat16" else np.float32, np.integer):
-        want = f"class indices for an input of shape {full} must have shape {rows}"
+        want = f"class indices for {named} of shape {full} must have shape {rows}"
         other = ""
     else:
-        want = f"probabilities for an input of shape {full} must have the same shape"
+        want = f"probabilities for {named} of shape {full} must have the same shape"
         other = (
             "; if they are class indices, convert them with target.astype('int64')"
             if got == rows
@@ -279,19 +284,6 @@ def bad_shape(
 ) -> ValueError:
     """An array option of the wrong shape."""
     return ValueError(f"{where}: {name} must have shape {expected}, got {got}{hint}")
-
-
-def bad_wrt(where: str, names: tuple[str, ...], value: object) -> ValueError:
-    """A name in `wrt` that is none of the layer's."""
-    return ValueError(f"{where}: wrt must name some of {', '.join(names)}, got {value!r}")
-
-
-def sparse_gradient(where: str) -> ValueError:
-    """A gradient or direction in features that are sparse."""
-    return ValueError(
-        f"{where}: sparse features have no gradient here, since it would be dense; leave 'input' "
-        "out of wrt= (and None in vector=), or pass input.toarray()"
-    )
 
 
 def not_finite(
@@ -355,6 +347,75 @@ def positive_number(where: str, name: str, value: object) -> float:
 def bad_environment(name: str, value: str, expected: str) -> str:
     """Text of the warning about an environment variable that is passed over."""
     return f"crossent: {name}={value!r} is passed over: expected {expected}"
+
+
+# The head -----------------------------------------------------------------------------------------
+
+
+def bad_features_ndim(where: str, ndim: int, sparse: bool) -> ValueError:
+    """Features without a feature axis, or a sparse array that is no matrix."""
+    if sparse:
+        return ValueError(
+            f"{where}: a sparse input must be a matrix (N, D), got {ndim} dimensions; "
+            "use input.reshape(1, -1)"
+        )
+    return ValueError(
+        f"{where}: input must have a feature axis (at least one dimension), got a 0-d array; "
+        "pass the features of one row as a 1-d array"
+    )
+
+
+def bad_linear_weight(where: str, got: tuple[int, ...], n_features: int) -> ValueError:
+    """Weights that do not fit the features, or of no class."""
+    expected = f"(V, {n_features}), one row for each class and one column for each feature of input"
+    if len(got) == 2 and got[1] == n_features:
+        return ValueError(
+            f"{where}: linear_weight must have at least one row (one for each class), "
+            f"got shape {got}"
+        )
+    turned = len(got) == 2 and got[0] == n_features
+    hint = "; pass linear_weight.T" if turned else ""
+    return bad_shape(where, "linear_weight", expected, got, hint)
+
+
+def not_dense(where: str, name: str) -> TypeError:
+    """A sparse matrix where only `input` may be one."""
+    return TypeError(
+        f"{where}: {name} must be a dense array, got a sparse one (only input may be sparse); "
+        f"use {name}.toarray()"
+    )
+
+
+def bad_wrt(where: str, wrt: object, names: tuple[str, ...]) -> ValueError:
+    """Gradients of something that has none."""
+    return ValueError(
+        f"{where}: wrt must name some of {', '.join(map(repr, names))}, got {wrt!r}; "
+        "for gradients in other arguments use cross_entropy_value_and_grad or another front end"
+    )
+
+
+def sparse_gradient(where: str, asked: str, instead: str) -> ValueError:
+    """A gradient in a sparse input, which would be dense."""
+    return ValueError(
+        f"{where}: {asked} a sparse input, whose gradient would be a dense array of its shape; "
+        f"{instead}, or pass input.toarray()"
+    )
+
+
+def bad_vector(where: str, value: object) -> TypeError:
+    """A direction that is no triple."""
+    return TypeError(
+        f"{where}: vector must be a LinearGrad of directions in input, linear_weight and "
+        f"linear_bias (None: held fixed), got {_describe(value)}"
+    )
+
+
+def no_bias(where: str) -> ValueError:
+    """A direction in a bias that there is not."""
+    return ValueError(
+        f"{where}: vector.linear_bias is a direction in linear_bias, which is None; "
+        "pass linear_bias, or None in vector"
+    )
 
 
 # Tensors ------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ __all__ = [
     "grad_target_prob",
     "hessian",
     "hvp",
+    "linear_grad",
     "log_softmax",
     "loss",
     "loss_rows",
@@ -44,6 +45,7 @@ __all__ = [
     "softmax_jacobian",
     "stats",
     "sum_of_others",
+    "weighted_sums",
 ]
 
 
@@ -155,6 +157,41 @@ def hessian(logits: ArrayLike, plan: RowPlan) -> Array:
     j = np.arange(plan.n_classes)
     table[:, j, j] += _grad_z(t, plan) * t.curvature
     return np.asarray(t.r[:, None, None] * table)
+
+
+# The layer before the loss ------------------------------------------------------------------------
+
+
+@quiet
+def weighted_sums(x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None) -> Array:
+    """Weighted sums z = x Wᵀ + b of features x ``(…, D)``, ``(…, V)``."""
+    x, w = computable(x), computable(w)
+    z = np.asarray(x @ w.T)
+    return z if b is None else np.asarray(z + computable(b))
+
+
+@quiet
+def linear_grad(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None,
+    plan: RowPlan,
+    grad_output: ArrayLike | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of the loss of `weighted_sums` in x, W and b: g W, gᵀ x, Σ g (M12, M13, M14).
+
+    Parameters
+    ----------
+    x, w, b
+        As in `weighted_sums`; rows of x that are dropped may hold anything.
+    plan, grad_output
+        As in `grad`, the class axis last.
+    """
+    x, w = computable(x), computable(w)
+    rows_of_x = zero_where(~_kept(plan), x.reshape(plan.n_rows, x.shape[-1]))  # (N, D)
+    z = weighted_sums(rows_of_x, w, b).reshape(*plan.rows_shape, plan.n_classes)
+    g = grad(z, plan, grad_output).reshape(plan.n_rows, plan.n_classes)
+    return (g @ w).reshape(x.shape), g.T @ rows_of_x, g.sum(axis=0)
 
 
 # Gradients of the loss in its other arguments -----------------------------------------------------

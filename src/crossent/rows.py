@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from crossent import _native
 from crossent import options as errors
+from crossent.features import DenseRows
 from crossent.options import Options, Reduction
 
 Kind = Literal["index", "distribution", "sparse"]
@@ -102,6 +103,7 @@ def lower(
     compute_dtype: np.dtype[Any],
     target: object,
     options: Options,
+    named: str = "an input",
 ) -> RowPlan:
     """Lower `options` and `target` for logits of `shape` to a plan.
 
@@ -117,6 +119,8 @@ def lower(
         Class indices, a distribution, or (with ``options.target_prob``) class ids.
     options
         As the caller gave them.
+    named
+        What messages call the logits.
 
     Raises
     ------
@@ -135,7 +139,9 @@ def lower(
     target_prob = None
     if options.target_prob is not None:
         kind: Kind = "sparse"
-        lowered, target_prob = _sparse_target(where, target, options, shape, axis, compute_dtype)
+        lowered, target_prob = _sparse_target(
+            where, target, options, shape, axis, compute_dtype, named
+        )
         padding_alone = (lowered < 0).all(axis=1)
         # A row of padding alone is dropped, like a row of weight 0.
         if padding_alone.any():
@@ -144,7 +150,9 @@ def lower(
         lowered = _as_target(where, target, rows_shape, n_classes)
         kind = "index" if lowered.dtype.kind == "i" else "distribution"
         if lowered.shape != (rows_shape if kind == "index" else shape):
-            raise errors.bad_target_shape(where, lowered.shape, lowered.dtype, rows_shape, shape)
+            raise errors.bad_target_shape(
+                where, lowered.shape, lowered.dtype, rows_shape, shape, named
+            )
 
     # The divisor of "mean" counts s_i·w_{y_i} for indices and s_i for distributions.
     if kind == "index":
@@ -200,30 +208,23 @@ def kept(plan: RowPlan) -> NDArray[np.int64] | None:
     return np.flatnonzero(~drops)
 
 
-def part(plan: RowPlan, rows: slice | NDArray[np.int64], n: int) -> RowPlan:
-    """Return the plan of `n` of the rows, of logits ``(n, V)``; the divisor stays."""
-    target = plan.target
-    if plan.kind == "distribution":
-        target = np.moveaxis(target, plan.axis, -1).reshape(-1, plan.n_classes)
+def part(plan: RowPlan, rows: slice | NDArray[np.int64]) -> RowPlan:
+    """Return the plan of some of the rows, n of them, of logits ``(n, V)``; the divisor stays."""
+    n = len(range(plan.n_rows)[rows]) if isinstance(rows, slice) else len(rows)
+    whole = distribution_rows(plan).take if plan.kind == "distribution" else plan.target.__getitem__
     return replace(
         plan,
         rows_shape=(n,),
         axis=1,
-        target=target[rows],
+        target=whole(rows),
         target_prob=None if plan.target_prob is None else plan.target_prob[rows],
         row_weight=None if plan.row_weight is None else plan.row_weight[rows],
     )
 
 
-def distribution(plan: RowPlan, compute_dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """Return a distribution target in a dtype that kernels read; None for the other kinds."""
-    if plan.kind != "distribution":
-        return None
-    target = plan.target
-    readable = target.dtype.isnative and target.flags.aligned
-    if not is_float(target.dtype) or not readable:
-        target = target.astype(compute_dtype)
-    return target
+def distribution_rows(plan: RowPlan) -> DenseRows:
+    """Return a distribution target as rows ``(N, V)``, without a copy."""
+    return DenseRows(np.moveaxis(plan.target, plan.axis, -1), plan.target.dtype)
 
 
 def _divisor(kept: int, weight_sum: float, options: Options) -> float:
@@ -306,6 +307,7 @@ def _sparse_target(
     shape: tuple[int, ...],
     axis: int,
     compute_dtype: np.dtype[Any],
+    named: str,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return ids ``(N, K)``, −1 where padding, and their probabilities ``(N, K)``, 0 there."""
     ids = _as_target(where, target, (), shape[axis])
@@ -319,7 +321,7 @@ def _sparse_target(
     if not fits or ids.shape != prob.shape:
         raise errors.bad_target_prob(
             where,
-            f"got target {ids.shape} and target_prob {prob.shape} for an input of shape {shape}",
+            f"got target {ids.shape} and target_prob {prob.shape} for {named} of shape {shape}",
         )
     n_rows, k = math.prod(rows_shape), ids.shape[axis]
     ids = np.moveaxis(ids, axis, -1)

@@ -116,7 +116,8 @@ def read_environment() -> None:
 def workspace_bytes(where: str, workspace_mb: float | None) -> int:
     """Return how much memory a fused head may use beside its outputs.
 
-    `workspace_mb`, else ``CROSSENT_WORKSPACE_MB``, else 128; in units of 2**20 bytes.
+    `workspace_mb`, else ``CROSSENT_WORKSPACE_MB`` as it was at import, else 128; in units of 2**20
+    bytes.
     """
     if workspace_mb is None:
         return _workspace_bytes
@@ -129,8 +130,9 @@ def _environment_workspace() -> int:
         with contextlib.suppress(ValueError):
             if 0 < float(text) < 2**40:
                 return int(float(text) * 2**20)
-        warning = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, "a number above 0")
-        warnings.warn(warning, stacklevel=3)
+        expected = "a number of megabytes above 0"
+        text = errors.bad_environment("CROSSENT_WORKSPACE_MB", text, expected)
+        warnings.warn(text, stacklevel=2)
     return 128 * 2**20
 
 
