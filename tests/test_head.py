@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crossent
-from crossent import LinearGrad, head, reference
-from crossent.head import host_product, native_product
+from crossent import LinearGrad, head, products, reference
 from crossent.options import Options
 from crossent.rows import lower
 
@@ -65,7 +64,7 @@ class Layer:
 def product(request, monkeypatch):
     """Each product in use, for the public functions as well."""
     if request.param == "host":
-        monkeypatch.setattr(head, "native_product", host_product)
+        monkeypatch.setattr(products, "native", products.host)
     return request.param
 
 
@@ -74,7 +73,7 @@ def workspace(monkeypatch):
     """Set the bytes of the workspace."""
 
     def use(n):
-        monkeypatch.setattr(head, "workspace_bytes", lambda: n)
+        monkeypatch.setattr(head, "workspace_bytes", lambda *_: n)
 
     return use
 
@@ -191,13 +190,13 @@ def test_any_shape_in_chunks_of_any_length(seed, shape, kind, options, rows, dro
 @pytest.fixture
 def spy(monkeypatch):
     """Shapes of the products that are made, as (M, K, N)."""
-    made = []
+    made, native = [], products.native
 
     def watched(a, b, out, **how):
         made.append((*a.shape, b.shape[1]))
-        native_product(a, b, out, **how)
+        native(a, b, out, **how)
 
-    monkeypatch.setattr(head, "native_product", watched)
+    monkeypatch.setattr(products, "native", watched)
     return made
 
 

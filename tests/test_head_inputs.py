@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import crossent
-from crossent import LinearGrad, head
+from crossent import LinearGrad, head, products
 
 VALUE_AND_GRAD = crossent.linear_cross_entropy_value_and_grad
 RESULTS = "input", "linear_weight", "linear_bias"
@@ -210,10 +210,10 @@ def test_results_do_not_depend_on_threads_nor_on_calls_beside():
 # Special values -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("product", [head.native_product, head.host_product])
+@pytest.mark.parametrize("product", [products.native, products.host])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_dropped_rows_are_never_read(bad, product, monkeypatch, dtype):
-    monkeypatch.setattr(head, "native_product", product)
+    monkeypatch.setattr(products, "native", product)
     x, w, b, target = arrays(dtype=dtype)
     weights = np.ones(12)
     target[2], weights[5] = -100, 0
@@ -241,10 +241,10 @@ def test_dropped_rows_are_never_read(bad, product, monkeypatch, dtype):
         assert np.abs(mine.astype(float) - other.astype(float)).max() < room
 
 
-@pytest.mark.parametrize("product", [head.native_product, head.host_product])
+@pytest.mark.parametrize("product", [products.native, products.host])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_feature_spoils_its_own_row_and_the_weights_alone(bad, product, monkeypatch, dtype):
-    monkeypatch.setattr(head, "native_product", product)
+    monkeypatch.setattr(products, "native", product)
     x, w, b, target = arrays(dtype=dtype)
     want = VALUE_AND_GRAD(x, w, target, linear_bias=b, reduction="none")
     x[4, 1] = bad
@@ -254,7 +254,7 @@ def test_a_bad_feature_spoils_its_own_row_and_the_weights_alone(bad, product, mo
     assert np.isnan(found.grad.input[4].astype(float)).all()
     assert np.isnan(found.grad.linear_weight.astype(float)).all()
     assert found.loss[others].tobytes() == want.loss[others].tobytes()
-    if product is head.native_product:
+    if product is products.native:
         assert found.grad.input[others].tobytes() == want.grad.input[others].tobytes()
     assert np.isfinite(found.grad.input[others].astype(float)).all()
     stats = crossent.linear_cross_entropy_stats(x, w, target, linear_bias=b)
@@ -301,9 +301,9 @@ def test_kept_rows_over_a_divisor_of_0_are_nan():
     assert all(np.isnan(grad).all() for grad in found.grad)
 
 
-@pytest.mark.parametrize("product", [head.native_product, head.host_product])
+@pytest.mark.parametrize("product", [products.native, products.host])
 def test_no_feature_or_one_class(product, monkeypatch, dtype):
-    monkeypatch.setattr(head, "native_product", product)
+    monkeypatch.setattr(products, "native", product)
     b = np.arange(3.0).astype(dtype)
     x, w = np.zeros((4, 0), dtype), np.zeros((3, 0), dtype)
     found = VALUE_AND_GRAD(x, w, [0, 1, 2, 2], linear_bias=b)
@@ -347,13 +347,13 @@ MEMORY = {
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-@pytest.mark.parametrize("product", [head.native_product, head.host_product])
+@pytest.mark.parametrize("product", [products.native, products.host])
 def test_a_call_uses_its_workspace_and_no_more(options, name, product, monkeypatch):
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     x, w, b, target = arrays(n=300, d=400, v=6000, dtype=dtype)  # logits and W: 7 and 10 MB
     target[::7] = 0
-    monkeypatch.setattr(head, "workspace_bytes", lambda: 12 * 2**20)
-    monkeypatch.setattr(head, "native_product", product)
+    monkeypatch.setattr(head, "workspace_bytes", lambda *_: 12 * 2**20)
+    monkeypatch.setattr(products, "native", product)
     used, found = peak(lambda: VALUE_AND_GRAD(x, w, target, linear_bias=b, **options))
     # A few numbers a row and a class besides, and for 16 bits the float32 sums of W's size.
     room = 12 * 2**20 + 64 * 300 + 16 * 6000 + (w.size * 4 if name == "bfloat16" else 0)
@@ -381,7 +381,7 @@ def test_neither_features_nor_distributions_are_copied_whole(lies, d, v, monkeyp
     x, q = lies(rng.normal(size=(20, 50, d))), lies(rng.random((20, 50, v)))  # one of them: 12 MB
     w = rng.normal(size=(v, d))
     drops = np.arange(1000).reshape(20, 50) % 5
-    monkeypatch.setattr(head, "workspace_bytes", lambda: 2**20)
+    monkeypatch.setattr(head, "workspace_bytes", lambda *_: 2**20)
     room = 2**20 + 64 * 1000 + 64 * v
     for weights in (None, drops):
         call = {"sample_weight": weights, "wrt": "input"}

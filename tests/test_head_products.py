@@ -1,9 +1,13 @@
 """The products of the fused head: each against float64, and the rounding of what they give."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from crossent.products import host_product, native_product, store
+import crossent
+from crossent import _native, products
+from crossent.products import store
 
 NAMES = "float64", "float32", "float16", "bfloat16"
 
@@ -17,7 +21,7 @@ def numbers(rng, shape, name):
     return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-@pytest.mark.parametrize("product", [native_product, host_product])
+@pytest.mark.parametrize("product", [products.native, products.host])
 @pytest.mark.parametrize("of_a", NAMES)
 @pytest.mark.parametrize("of_b", NAMES)
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -62,3 +66,58 @@ def test_store_puts_rows_where_they_belong():
     out = np.zeros((5, 2), np.float16)
     store(np.array([[1.0, 2], [3, 4]], np.float32), out, np.array([4, 1]))
     assert out.tolist() == [[0, 0], [3, 4], [0, 0], [0, 0], [1, 2]]
+
+
+# The library's own product ------------------------------------------------------------------------
+
+SHAPES = [(1, 1, 1), (5, 7, 3), (0, 3, 4), (8, 8, 0), (97, 33, 300), (13, 200, 530), (12, 900, 300)]
+DTYPES = [("f4", "f4"), ("f8", "f8"), ("f2", "f2"), ("f4", "f2"), ("f8", "f4")]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_of_any_layout(isa, shape):
+    rng = np.random.default_rng(0)
+    m, n, k = shape
+    options = itertools.product(DTYPES, "CF", "CF", (False, True), (False, True))
+    for (left, right), order_a, order_b, accumulate, with_bias in options:
+        a = np.asarray(rng.standard_normal((m, k)).astype(left), order=order_a)
+        b = np.asarray(rng.standard_normal((k, n)).astype(right), order=order_b)
+        dtype = np.float64 if "f8" in (left, right) else np.float32
+        out = rng.standard_normal((m, n)).astype(dtype)
+        bias = rng.standard_normal(n).astype(dtype) if with_bias else None
+        wide = a.astype(float) @ b.astype(float)
+        exact = wide + accumulate * out + (0 if bias is None else bias)
+        size = abs(a).astype(float) @ abs(b).astype(float) + accumulate * abs(out) + 4
+        products.native(a, b, out, accumulate=accumulate, bias=bias)
+        # γ of k products, one sum over the blocks and two additions; and as much for numpy's.
+        bound = 2 * (k + 4) * np.finfo(dtype).eps * size
+        assert (abs(out - exact) <= bound).all(), (left, order_a, order_b, accumulate, with_bias)
+
+
+def test_a_rows_sum_does_not_depend_on_its_neighbours_or_the_threads():
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((700, 600), np.float32), rng.standard_normal((90, 600), np.float32)
+    whole, some = np.empty((700, 90), np.float32), np.empty((20, 90), np.float32)
+    products.native(x, w.T, whole)
+    products.native(x[100:120], w.T, some)  # the other side is packed now
+    assert np.array_equal(whole[100:120], some)
+    before = crossent.get_num_threads()
+    crossent.set_num_threads(3)
+    again = np.empty_like(whole)
+    products.native(x, w.T, again)
+    crossent.set_num_threads(before)
+    assert np.array_equal(whole, again)
+
+
+def test_product_refuses_what_would_touch_other_memory():
+    a = np.ones((3, 4), np.float32)
+    for b, out, bias in (
+        (np.ones((5, 2), np.float32), np.empty((3, 2), np.float32), None),
+        (np.ones((4, 2), np.float32), np.empty((3, 3), np.float32), None),
+        (np.ones((4, 2), np.float32), np.empty((3, 2)), None),
+        (np.ones((4, 2), np.float32), np.empty((2, 3), np.float32).T, None),
+        (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(3, np.float32)),
+        (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(2)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            _native.matmul(a, b, out, False, bias)

@@ -385,3 +385,25 @@ def test_m28_row_weight(classes):
     for i in range(classes):
         assert vanishes(sp.diff(mean, s[i]) - (loss[i] - d[i] * mean) / divisor)
         assert vanishes(sp.diff(dot(s, loss) / fixed, s[i]) - loss[i] / fixed)
+
+
+# 8. The layer's Hessian, times a direction --------------------------------------------------------
+
+
+def test_m29_the_layer_s_hessian(classes):
+    row = Row(classes)
+    x, b = symbols("dx", 2), symbols("db", classes)
+    w = [symbols(f"dw{j}_", 2) for j in range(classes)]
+    along = list(zip((*row.x, *row.b, *sum(row.w, ())), (*x, *b, *sum(w, ())), strict=True))
+
+    def moves(expression):
+        return sum(sp.diff(expression, of) * step for of, step in along)
+
+    z = [dot(x, row.w[j]) + dot(row.x, w[j]) + b[j] for j in range(classes)]
+    mean = dot(row.a, z)
+    h = [a * (step - mean) for a, step in zip(row.a, z, strict=True)]  # (M25), plain
+    for j in range(classes):
+        assert vanishes(moves(row.g[j]) - h[j])  # the bias
+        assert vanishes(moves(row.g[j] * row.x[0]) - (h[j] * row.x[0] + row.g[j] * x[0]))
+    columns, steps = [u[0] for u in row.w], [u[0] for u in w]
+    assert vanishes(moves(dot(row.g, columns)) - (dot(h, columns) + dot(row.g, steps)))

@@ -425,3 +425,25 @@ def test_m28_row_weight(every):
     actual = reference.grad_sample_weight(v, each, u)
     assert close(actual[::2], stated)
     assert actual[1] == 0
+
+
+# 8. The layer's Hessian, times a direction --------------------------------------------------------
+
+
+def test_m29_the_layer_s_hessian(head, rng, classes):
+    """With the gradients of (M12) to (M14), by `reference.linear_grad`, moved along a direction."""
+    arrays, target = head[:3], dyadic(rng, classes, 3)
+    x, w, b = arrays
+    plan = plan_for(np.empty((3, classes)), target)
+    dx, dw, db = (exact(rng.normal(size=a.shape)) for a in arrays)
+    z, g = x @ w.T + b, reference.grad(x @ w.T + b, plan)
+    h = reference.hvp(z, plan, dx @ w.T + x @ dw.T + db)
+    stated = h @ w + g @ dw, h.T @ x + g.T @ dx, h.sum(axis=0)
+    for k in range(3):
+        moved = central(
+            lambda t, k=k: reference.linear_grad(
+                *(a + t[()] * d for a, d in zip(arrays, (dx, dw, db), strict=True)), plan
+            )[k],
+            exact(0.0),
+        )
+        assert close(stated[k], moved[()], BY_DIFFERENCE)

@@ -333,7 +333,7 @@ def test_an_unknown_instruction_set_is_passed_over_with_a_warning():
 
 # The head's workspace -----------------------------------------------------------------------------
 
-SAY_WORKSPACE = "import crossent; print(crossent.runtime.workspace_bytes())"
+SAY_WORKSPACE = "import crossent; print(crossent.runtime.workspace_bytes('test', None))"
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,15 @@ def test_a_malformed_workspace_is_passed_over_with_a_warning(value):
         f"UserWarning: crossent: CROSSENT_WORKSPACE_MB={value!r} is passed over: "
         "expected a number of megabytes above 0"
     ) in warned
+
+
+def test_the_workspace_of_a_call():
+    assert crossent.runtime.workspace_bytes("f", 2.5) == 5 * 2**19
+    for bad in (0, -1, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"^f: workspace_mb must be above 0 and finite, got "):
+            crossent.runtime.workspace_bytes("f", bad)
+    with pytest.raises(TypeError, match=r"^f: workspace_mb must be a real number above 0, got "):
+        crossent.runtime.workspace_bytes("f", "64")
 
 
 def test_set_isa_refuses_what_is_not_there():

@@ -120,15 +120,16 @@ def test_files_stay_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text("utf-8").splitlines()) <= 50
 
 
-# The README ---------------------------------------------------------------------------------------
+# The README and the pages -------------------------------------------------------------------------
 
 
-def test_the_readme_s_examples():
+@pytest.mark.parametrize(("page", "n_blocks"), [("README.md", 2), ("docs/head.md", 1)])
+def test_the_examples_of_a_page(page, n_blocks):
     pytest.importorskip("sklearn")
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / page).read_text("utf-8")
     blocks = re.findall(r"```pycon\n(.*?)```", text, re.S)
-    assert len(blocks) == 2
-    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "README.md", None, 0)
+    assert len(blocks) == n_blocks
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, None, 0)
     assert len(example.examples) >= 10
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
 

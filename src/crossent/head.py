@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent import rows
+from crossent import products, rows
 from crossent.backends import Planned, backend_named, bits
 from crossent.features import (
     DenseRows,
@@ -42,16 +42,12 @@ from crossent.features import (
 from crossent.products import (
     Product,
     as_compute,
-    host_product,
-    native_product,
     scratch_bytes,
     scratch_bytes_a_row,
     store,
 )
 from crossent.rows import RowPlan
 from crossent.runtime import workspace_bytes
-
-__all__ = ["Head", "LinearGrad", "Product", "host_product", "native_product"]
 
 _CACHED_BYTES = 8 * 2**20
 _ENOUGH_ROWS = 512
@@ -112,9 +108,10 @@ class Head:
         product: Product | None = None,
     ) -> None:
         self.where, self.plan = where, plan
-        self.compute_dtype = compute = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        self._backend = backend_named(compute.name)
-        self._product = native_product if product is None else product
+        name = "float64" if dtype == "float64" else "float32"
+        self.compute_dtype = compute = np.dtype(name)
+        self._backend = backend_named(name)
+        self._product = products.native if product is None else product
         self._sparse = is_sparse(features)
         self._features = (
             SparseRows(features, compute)
@@ -128,7 +125,7 @@ class Head:
         self._kept = rows.kept(plan)
         self._n_kept = plan.n_rows if self._kept is None else len(self._kept)
         self.shape, self.all_kept = self._weight.shape, self._kept is None
-        self._workspace = workspace_bytes() if workspace is None else workspace
+        self._workspace = workspace_bytes(where, None) if workspace is None else workspace
 
     def loss(self) -> NDArray[np.float64] | float:
         """Return the rows' losses ``(N,)`` with reduction "none", else their sum."""
@@ -189,7 +186,7 @@ class Head:
                 self._backend.cross_entropy(z, chunk.planned, given, z)
                 sums.add(chunk, z, dx, along_weight, more=True)
             sums.finish(chunk)
-            del dx
+            del dx  # as the chunk's own copies
         return sums.found()
 
     def stats(self) -> tuple[NDArray[Any], ...]:

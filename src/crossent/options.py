@@ -336,6 +336,14 @@ def bad_threads(where: str, value: object) -> ValueError | TypeError:
     return ValueError(text) if is_integer else TypeError(text)
 
 
+def positive_number(where: str, name: str, value: object) -> float:
+    """Return a finite number above 0, or raise."""
+    number = _as_float(where, name, value, "above 0")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{where}: {name} must be above 0 and finite, got {number}")
+    return number
+
+
 def bad_environment(name: str, value: str, expected: str) -> str:
     """Text of the warning about an environment variable that is passed over."""
     return f"crossent: {name}={value!r} is passed over: expected {expected}"

@@ -36,7 +36,7 @@ class Product(Protocol):
         """
 
 
-def native_product(
+def native(
     a: NDArray[Any],
     b: NDArray[Any],
     out: NDArray[Any],
@@ -48,7 +48,7 @@ def native_product(
     _native.matmul(a, b, out, accumulate, bias)
 
 
-def host_product(
+def host(
     a: NDArray[Any],
     b: NDArray[Any],
     out: NDArray[Any],

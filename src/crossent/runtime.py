@@ -113,12 +113,15 @@ def read_environment() -> None:
         _native.set_num_threads(1)
 
 
-def workspace_bytes() -> int:
+def workspace_bytes(where: str, workspace_mb: float | None) -> int:
     """Return how much memory a fused head may use beside its outputs.
 
-    ``CROSSENT_WORKSPACE_MB`` in units of 2**20 bytes, as it was at import; 128 of them by default.
+    `workspace_mb`, else ``CROSSENT_WORKSPACE_MB`` as it was at import, else 128; in units of 2**20
+    bytes.
     """
-    return _workspace_bytes
+    if workspace_mb is None:
+        return _workspace_bytes
+    return int(errors.positive_number(where, "workspace_mb", workspace_mb) * 2**20)
 
 
 def _environment_workspace() -> int:
