@@ -214,7 +214,7 @@ def linear_cross_entropy_stats(
             softcap=softcap,
         )
     where = "linear_cross_entropy_stats"
-    operands = _checked(where, input, linear_weight, linear_bias, target)
+    operands = _checked(where, input, linear_weight, linear_bias, target, target_wanted=False)
     if linear_weight.dim() > 2:
         raise errors.bad_linear_weight(where, tuple(linear_weight.shape), input.shape[-1])
     # Without a target class 0 stands in, and what it gives is left out; weight 0 alone drops a row.
@@ -243,13 +243,18 @@ def linear_cross_entropy_stats(
 
 
 def _checked(
-    where: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None
+    where: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    target_wanted: bool = True,
 ) -> Operands:
     """Return the operands, cast where autocast would; raise for what is no head."""
-    named = {"input": input, "linear_weight": weight, "linear_bias": bias, "target": target}
+    named = {"input": input, "linear_weight": weight}
+    named |= {"linear_bias": bias} if bias is not None else {}
+    named |= {"target": target} if target is not None or target_wanted else {}
     for name, value in named.items():
-        if value is None and name in ("linear_bias", "target"):
-            continue
         if not isinstance(value, Tensor):
             raise errors.not_a_tensor(where, name, value)
         if value.device != input.device:
