@@ -436,10 +436,25 @@ def other_device(where: str, name: str, got: object, expected: object) -> ValueE
     )
 
 
+def other_dtype(where: str, name: str, got: object, expected: object) -> TypeError:
+    """A tensor of another dtype than the features."""
+    return TypeError(
+        f"{where}: {name} must have the dtype of input, {dtype_name(expected)}, "
+        f"got {dtype_name(got)}; use {name}.to(input.dtype)"
+    )
+
+
+def more_than_rows(where: str, weight: tuple[int, ...], got: tuple[int, ...]) -> ValueError:
+    """Weights of more axes than two, beside features that are no matrix."""
+    expected = f"(N, {weight[-1]}), since linear_weight has shape {weight}"
+    hint = "; use input.reshape(-1, input.shape[-1]), and a target to match"
+    return bad_shape(where, "input", expected, got, hint)
+
+
 def no_gradient(where: str, name: str) -> ValueError:
     """An option that requires a gradient and would not get one."""
     instead = {
-        "logit_scale": "multiply input by it instead",
+        "logit_scale": "multiply input by it instead (a head's linear_bias as well)",
         "divisor": "divide the loss by it, with reduction='sum', instead",
         "z_loss": "add it times cross_entropy_stats(...).logsumexp squared instead",
     }.get(name, f"pass {name}.detach()")

@@ -50,13 +50,23 @@ class Plan:
     reduction: str
 
 
-def lower(where: str, input: Tensor, target: Tensor, options: Options, axis: int) -> Plan:
-    """Lower options and target as `crossent.rows.lower` does, without a look at the numbers."""
-    shape = tuple(input.shape)
+def lower(
+    where: str,
+    shape: tuple[int, ...],
+    target: Tensor,
+    options: Options,
+    axis: int,
+    dtype: torch.dtype,
+    named: str = "an input",
+) -> Plan:
+    """Lower options and target as `crossent.rows.lower` does, without a look at the numbers.
+
+    `shape` and `dtype` are those of the logits, `named` what messages call them.
+    """
     n_classes, rows_shape = shape[axis], shape[:axis] + shape[axis + 1 :]
     if n_classes == 0:
         raise errors.no_classes(where, shape, axis)
-    dtype = COMPUTE_DTYPE[input.dtype]
+    dtype = COMPUTE_DTYPE[dtype]
     options = options.checked(where, NUMPY_DTYPE[dtype])
     class_weight = row_weight = target_prob = bad = None
     if options.weight is not None:
@@ -70,7 +80,7 @@ def lower(where: str, input: Tensor, target: Tensor, options: Options, axis: int
 
     if options.target_prob is not None:
         kind = "sparse"
-        ids, prob = _sparse(where, target, options.target_prob, shape, axis)
+        ids, prob = _sparse(where, target, options.target_prob, shape, axis, named)
         padding = _same(ids, options.ignore_index)
         ids = ids.long()
         bad = (~padding & ((ids < 0) | (ids >= n_classes))).any(dim=-1)
@@ -80,14 +90,14 @@ def lower(where: str, input: Tensor, target: Tensor, options: Options, axis: int
     elif target.is_floating_point():
         kind = "distribution"
         if tuple(target.shape) != shape:
-            raise _bad_target(where, target, rows_shape, shape)
+            raise _bad_target(where, target, rows_shape, shape, named)
         target = _rows(target, axis).to(dtype)
         kept = torch.ones_like(target[:, 0], dtype=torch.bool)
     else:
         kind = "index"
         _check_target(where, target)
         if tuple(target.shape) != rows_shape:
-            raise _bad_target(where, target, rows_shape, shape)
+            raise _bad_target(where, target, rows_shape, shape, named)
         kept = ~_same(target.reshape(-1), options.ignore_index)
         target = target.reshape(-1).long()
         bad = kept & ((target < 0) | (target >= n_classes))
@@ -426,7 +436,7 @@ def _row_weight(where: str, weight: Tensor, rows_shape: tuple[int, ...]) -> Tens
 
 
 def _sparse(
-    where: str, ids: Tensor, prob: Tensor, shape: tuple[int, ...], axis: int
+    where: str, ids: Tensor, prob: Tensor, shape: tuple[int, ...], axis: int, named: str
 ) -> tuple[Tensor, Tensor]:
     """Return ids and probabilities ``(N, K)``."""
     _check_target(where, ids)
@@ -439,16 +449,16 @@ def _sparse(
     rows_shape = shape[:axis] + shape[axis + 1 :]
     fits = len(got) == len(shape) and got[:axis] + got[axis + 1 :] == rows_shape
     if not fits or got != other:
-        reason = f"got target {got} and target_prob {other} for an input of shape {shape}"
+        reason = f"got target {got} and target_prob {other} for {named} of shape {shape}"
         raise errors.bad_target_prob(where, reason)
     return _rows(ids, axis), _rows(prob, axis)
 
 
 def _bad_target(
-    where: str, target: Tensor, rows_shape: tuple[int, ...], shape: tuple[int, ...]
+    where: str, target: Tensor, rows_shape: tuple[int, ...], shape: tuple[int, ...], named: str
 ) -> ValueError:
     name = errors.dtype_name(target.dtype)
-    return errors.bad_target_shape(where, tuple(target.shape), name, rows_shape, shape)
+    return errors.bad_target_shape(where, tuple(target.shape), name, rows_shape, shape, named)
 
 
 # Shapes -------------------------------------------------------------------------------------------

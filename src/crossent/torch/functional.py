@@ -138,25 +138,8 @@ def cross_entropy(
         divisor,
         target_prob,
     )
-    _check_options(where, input, options)
-    logits_alone = not (
-        torch.is_grad_enabled()
-        and (
-            target.requires_grad
-            or (sample_weight is not None and sample_weight.requires_grad)
-            or (target_prob is not None and target_prob.requires_grad)
-        )
-    )
-    if torch.compiler.is_compiling():
-        transformed = torch._C._are_functorch_transforms_active()
-        if logits_alone and input.is_cpu and not transformed:
-            return ops.cross_entropy(input, target, options, axis)
-        return formulas.loss(input, formulas.lower(where, input, target, options, axis))
-    if untransformed() and all(map(in_memory, tensors)):
-        if logits_alone:
-            return native.cross_entropy(where, input, target, options, axis)
-        native.check(where, input, target, options, axis)
-    return formulas.loss(input, formulas.lower(where, input, target, options, axis))
+    check_options(where, input, options)
+    return route(where, input, target, options, axis)
 
 
 def cross_entropy_stats(
@@ -224,12 +207,44 @@ def cross_entropy_stats(
     )
     if sample_weight is not None and sample_weight.requires_grad:
         options.sample_weight = sample_weight.detach()  # whose values have no effect
-    _check_options(where, input, options)
+    check_options(where, input, options)
     eager = not torch.compiler.is_compiling() and untransformed()
     if eager and all(map(in_memory, tensors)):
         return statistics.stats(where, input, target, options, axis, with_target=given)
-    plan = formulas.lower(where, input, target, options, axis)
+    plan = formulas.lower(where, tuple(input.shape), target, options, axis, input.dtype)
     return formulas.stats(input, plan, with_target=given)
+
+
+def route(where: str, input: Tensor, target: Tensor, options: Options, axis: int) -> Tensor:
+    """Return the loss of arguments that are checked, the way they need."""
+    logits_alone = not others_need_gradients(target, options)
+    if torch.compiler.is_compiling():
+        transformed = torch._C._are_functorch_transforms_active()
+        if logits_alone and input.is_cpu and not transformed:
+            return ops.cross_entropy(input, target, options, axis)
+    elif numbers_at_hand(input, target, options):
+        if logits_alone:
+            return native.cross_entropy(where, input, target, options, axis)
+        native.check(where, input, target, options, axis)
+    shape = tuple(input.shape)
+    plan = formulas.lower(where, shape, target, options, axis, input.dtype)
+    return formulas.loss(input, plan)
+
+
+def others_need_gradients(target: Tensor, options: Options) -> bool:
+    """Tell whether a gradient is wanted in the target's numbers or in the row weights."""
+    weights, probabilities = options.sample_weight, options.target_prob
+    return torch.is_grad_enabled() and (
+        target.requires_grad
+        or (weights is not None and weights.requires_grad)
+        or (probabilities is not None and probabilities.requires_grad)
+    )
+
+
+def numbers_at_hand(input: Tensor, target: Tensor, options: Options) -> bool:
+    """Tell whether kernels can read all that there is, in an eager call."""
+    tensors = (input, target, options.weight, options.sample_weight, options.target_prob)
+    return untransformed() and all(map(in_memory, tensors))
 
 
 def _check(where: str, input: Tensor, target: Tensor | None) -> None:
@@ -247,7 +262,7 @@ def _check(where: str, input: Tensor, target: Tensor | None) -> None:
             raise errors.other_device(where, "target", target.device, input.device)
 
 
-def _check_options(where: str, input: Tensor, options: Options) -> None:
+def check_options(where: str, input: Tensor, options: Options) -> None:
     """Raise for an array that is no tensor or elsewhere, and for a gradient nobody would get.
 
     A number that comes as a 0-d tensor becomes a number.

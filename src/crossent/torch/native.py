@@ -66,7 +66,7 @@ def cross_entropy(where: str, input: Tensor, target: Tensor, options: Options, d
 def loss_alone(input: Tensor, call: Call, plan: RowPlan) -> Tensor:
     """Return the loss without a graph."""
     found = call.backend.cross_entropy(call.view, call.viewed(plan), None, None)
-    return _loss(found, plan, input.dtype)
+    return as_loss(found, plan, input.dtype)
 
 
 def gradient(
@@ -111,12 +111,12 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, call: Call, plan: RowPlan) -> Tensor:
         ctx.ready = out = None
-        if Loss.upstream_was_one and plan.reduction != "none" and not _saving_is_watched():
+        if Loss.upstream_was_one and plan.reduction != "none" and not saving_is_watched():
             ctx.ready, out = new_like(input, call)
         found = call.backend.cross_entropy(call.view, call.viewed(plan), None, out)
         ctx.save_for_backward(input, target)
-        ctx.where, ctx.plan = call.where, _without_distribution(plan)
-        return _loss(found, plan, input.dtype)
+        ctx.where, ctx.plan = call.where, without_distribution(plan)
+        return as_loss(found, plan, input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -162,7 +162,8 @@ class Gradient(torch.autograd.Function):
         return found, along, None, None, None
 
 
-def _loss(found: Any, plan: RowPlan, dtype: torch.dtype) -> Tensor:
+def as_loss(found: Any, plan: RowPlan, dtype: torch.dtype) -> Tensor:
+    """Return what a kernel found, the rows' losses or their sum, as the loss of such logits."""
     dtype = COMPUTE_DTYPE[dtype]
     if isinstance(found, float):
         return torch.scalar_tensor(found, dtype=dtype, device="cpu")
@@ -175,12 +176,12 @@ def _upstream(call: Call, plan: RowPlan, grad_output: Tensor) -> Any:
     return call.upstream(plan, as_array(grad_output))
 
 
-def _saving_is_watched() -> bool:
+def saving_is_watched() -> bool:
     """Tell whether hooks on saved tensors stand: what is kept beside them would defeat them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _without_distribution(plan: RowPlan) -> RowPlan:
+def without_distribution(plan: RowPlan) -> RowPlan:
     """Return the plan without an array of the logits' size: the saved target brings it back."""
     if plan.kind != "distribution":
         return plan

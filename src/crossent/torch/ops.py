@@ -124,7 +124,8 @@ def _fake_hvp(
 
 
 def _plan(input: Tensor, target: Tensor, given: tuple[Any, ...]) -> formulas.Plan:
-    return formulas.lower(WHERE, input, target, _options(given), given[-1])
+    shape = tuple(input.shape)
+    return formulas.lower(WHERE, shape, target, _options(given), given[-1], input.dtype)
 
 
 def _loss_elsewhere(input: Tensor, target: Tensor, *given: Any) -> Tensor:
