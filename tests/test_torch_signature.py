@@ -26,9 +26,12 @@ PER_CALL = ("sample_weight", "divisor", "target_prob")  # in a module's call, no
 def test_public_names():
     assert set(crossent.torch.__all__) == {
         "CrossEntropyLoss",
+        "LinearCrossEntropyLoss",
         "RowStats",
         "cross_entropy",
         "cross_entropy_stats",
+        "linear_cross_entropy",
+        "linear_cross_entropy_stats",
     }
 
 

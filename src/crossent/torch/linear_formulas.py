@@ -155,7 +155,7 @@ def chunks(
     if along_x is not None:
         along_x = along_x.reshape(n_rows, n_features)
     size = COMPUTE_DTYPE[x.dtype].itemsize
-    n = max(1, workspace_bytes() // (_ARRAYS * n_classes * size))
+    n = max(1, workspace_bytes("linear_cross_entropy", None) // (_ARRAYS * n_classes * size))
     for i in range(0, max(1, n_rows), n):
         at = slice(i, i + n)
         part = _part(plan, at, len(range(n_rows)[at]))
