@@ -6,6 +6,7 @@
 
 #include "parallel.h"
 #include "scratch.h"
+#include "total.h"
 
 namespace crossent {
 
@@ -93,6 +94,13 @@ constexpr int64_t kTaskLogits = 32768;
 }  // namespace
 
 const GemmTable& gemm_kernels() { return *current().gemm; }
+RowKernel row_kernel(const RowJob& job) {
+  const Kernels& kernels = *current().kernels;
+  return lane_rows(job)    ? kernels.lanes
+         : short_rows(job) ? kernels.short_rows
+         : fast_rows(job)  ? kernels.rows
+                           : kernels.general;
+}
 void report_out_of_memory(const RowJob& job) {
   __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
 }
@@ -119,36 +127,6 @@ bool set_isa(const std::string& name) {
 }
 
 namespace {
-
-// A compensated sum (Knuth's TwoSum) in eight lanes, so that one addition need not wait for the
-// last.
-class Total {
- public:
-  void add(int lane, double x) {
-    const double s = hi_[lane] + x, v = s - hi_[lane];
-    lo_[lane] += (hi_[lane] - (s - v)) + (x - v);
-    hi_[lane] = s;
-  }
-  void add(const double* x, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int k = 0; k < kLanes; k++) add(k, x[i + k]);
-    for (int k = 0; i < n; i++, k++) add(k, x[i]);
-  }
-  double value() const {
-    double hi = 0, lo = 0;
-    for (int k = 0; k < kLanes; k++) {
-      const double s = hi + hi_[k], v = s - hi;
-      lo += (hi - (s - v)) + (hi_[k] - v) + lo_[k];
-      hi = s;
-    }
-    return hi - hi == 0 ? hi + lo : hi;  // infinity and NaN leave no rounding error to add
-  }
-  static constexpr int kLanes = 8;
-
- private:
-  double hi_[kLanes] = {}, lo_[kLanes] = {};
-};
 
 // One call's rows on the pool, in tasks whose size depends on the number of classes alone.
 class Run {
@@ -182,10 +160,7 @@ class Run {
 
  private:
   bool tasks() {
-    const auto serve = lane_rows(job_)    ? kernels_.lanes
-                       : short_rows(job_) ? kernels_.short_rows
-                       : fast_rows(job_)  ? kernels_.rows
-                                          : kernels_.general;
+    const RowKernel serve = row_kernel(job_);
     const int64_t n = (job_.n_rows + rows_ - 1) / rows_;
     return parallel_for(
         n,
@@ -196,7 +171,7 @@ class Run {
         poll_, poll_context_);
   }
 
-  void task(int64_t k, void (*serve)(const RowJob&, int64_t, int64_t)) {
+  void task(int64_t k, RowKernel serve) {
     const int64_t begin = k * rows_, end = std::min(job_.n_rows, begin + rows_);
     if (!total_) return serve(job_, begin, end);
     RowJob mine = job_;

@@ -18,8 +18,10 @@ std::string current_isa();
 // False, and nothing changes, if `name` is not available.
 bool set_isa(const std::string& name);
 
-// Of the one in use.
+// Of the one in use: its matrix products, and what serves rows of a job.
 const GemmTable& gemm_kernels();
+using RowKernel = void (*)(const RowJob&, int64_t begin, int64_t end);
+RowKernel row_kernel(const RowJob& job);
 
 enum class Outcome { kDone, kCancelled, kOutOfMemory, kBadTarget };
 

@@ -29,7 +29,7 @@ class Multiply {
  public:
   Multiply(const GemmJob& job, bool (*poll)(void*), void* poll_context)
       : job_(job),
-        kernels_(job.wide ? gemm_kernels().wide : gemm_kernels().narrow),
+        kernels_(gemm_kernels().of(job.wide, job.packed.n)),
         poll_(poll),
         poll_context_(poll_context) {
     job_.no_memory = &no_memory_;

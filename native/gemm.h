@@ -48,9 +48,14 @@ struct GemmKernels {
                int64_t j1, const void* packed);
 };
 
-// For float and for double.
+// For float and for double; slim: where the packed side is within one vector.
 struct GemmTable {
-  GemmKernels narrow, wide;
+  GemmKernels plain, plain_wide, slim, slim_wide;
+
+  const GemmKernels& of(bool wide, int64_t packed) const {
+    const GemmKernels& thin = wide ? slim_wide : slim;
+    return packed <= thin.panel ? thin : wide ? plain_wide : plain;
+  }
 };
 
 enum class Outcome;

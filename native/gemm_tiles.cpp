@@ -1,9 +1,9 @@
 // The matrix kernels: packing, and the tile of registers that everything else feeds.
 //
 // Design (gemm.h says what is computed):
-//   a. The innermost tile holds kStrip x kVectors vectors of sums: 6 x 2 where there are 16 vector
-//      registers, 8 x 3 where there are 32. A step of the depth broadcasts kStrip numbers of the
-//      streamed side and loads kVectors vectors of a panel.
+//   a. The innermost tile holds strip x vectors vectors of sums: 6 x 2 where there are 16 vector
+//      registers, 8 x 3 where there are 32, 12 x 1 where the packed side fits one vector. A step of
+//      the depth broadcasts `strip` numbers of the streamed side and loads `vectors` of a panel.
 //   b. The streamed side is read in place where its depth is contiguous, or its other axis is and
 //      there are few panels; else a block of it is packed strip by strip, once for all panels.
 //   c. A panel's block (kDepth x panel) stays in the L1 cache while strips stream past it.
@@ -18,16 +18,29 @@ namespace CROSSENT_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kStrip = 8, kVectors = 3;
 constexpr int64_t kDepth = 128;
-#elif defined(__aarch64__)
-constexpr int kStrip = 8, kVectors = 3;
-constexpr int64_t kDepth = 256;
 #else
-constexpr int kStrip = 6, kVectors = 2;
 constexpr int64_t kDepth = 256;
 #endif
 constexpr int64_t kFewPanels = 4;
+
+// The innermost tile's shape.
+template <class Number, int strip_, int vectors_>
+struct Shape {
+  using T = Number;
+  using V = typename Lanes<T>::V;
+  static constexpr int L = Lanes<T>::n, kStrip = strip_, kVectors = vectors_;
+  static constexpr int64_t kPanel = kVectors * L;
+};
+#if defined(__AVX512F__) || defined(__aarch64__)
+template <class T>
+using Plain = Shape<T, 8, 3>;
+#else
+template <class T>
+using Plain = Shape<T, 6, 2>;
+#endif
+template <class T>
+using Slim = Shape<T, 12, 1>;
 
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
 template <class V>
@@ -42,21 +55,18 @@ CROSSENT_INLINE V multiply_add(V a, V b, V c) {
 }
 #endif
 
-template <class T>
-constexpr int64_t kPanel = kVectors * Lanes<T>::n;
-
 // How the innermost tile reads a strip.
 enum class Strip { kAlongDepth, kAcross };
 
-// sums (kStrip rows of a panel, `row` entries apart) = or += a strip times a panel over n depths.
-// kAlongDepth: entry (r, k) at a[r * step + k]; kAcross: at a[k * step + r].
-template <class T, Strip strip>
+// sums (a strip's rows of a panel, `row` entries apart) = or += a strip times a panel over n
+// depths. kAlongDepth: entry (r, k) at a[r * step + k]; kAcross: at a[k * step + r].
+template <class S, Strip strip, class T = typename S::T>
 __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, const T* panel,
                                           T* sums, int64_t row, bool fresh) {
-  using V = typename Lanes<T>::V;
-  constexpr int L = Lanes<T>::n;
+  using V = typename S::V;
+  constexpr int L = S::L, kStrip = S::kStrip, kVectors = S::kVectors;
   V x[kStrip][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kStrip; r++)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; v++) x[r][v] = V{};
@@ -66,7 +76,7 @@ __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, c
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; v++)
       b[v] = *reinterpret_cast<const V*>(panel + (k * kVectors + v) * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < kStrip; r++) {
       const T number = strip == Strip::kAcross ? a[k * step + r] : a[r * step + k];
       const V s = number - V{};  // splat adds to 0, which is an instruction of its own
@@ -74,7 +84,7 @@ __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, c
       for (int v = 0; v < kVectors; v++) x[r][v] = multiply_add(s, b[v], x[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kStrip; r++)
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; v++) {
@@ -156,16 +166,20 @@ void pack_any(const Side& side, int64_t i, int64_t n, int64_t k0, int64_t k1, T*
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <class T>
+template <class S>
 void pack_panel(const GemmJob& job, int64_t k0, int64_t k1, int64_t j, void* at) {
-  const int64_t i = j * kPanel<T>;
-  pack_any<T, kPanel<T>>(job.packed, i, smaller(kPanel<T>, job.packed.n - i), k0, k1,
-                         static_cast<T*>(at));
+  using T = typename S::T;
+  const int64_t i = j * S::kPanel, n = smaller(S::kPanel, job.packed.n - i);
+  pack_any<T, S::kPanel>(job.packed, i, n, k0, k1, static_cast<T*>(at));
 }
 
 // One task: a tile of out, worked on in `sums_`, which is out itself where that may be.
-template <class T>
+template <class S>
 class Tile {
+  using T = typename S::T;
+  static constexpr int kStrip = S::kStrip;
+  static constexpr int64_t kPanel = S::kPanel;
+
  public:
   Tile(const GemmJob& job, int64_t i0, int64_t i1, int64_t j0, int64_t j1)
       : job_(job),
@@ -173,24 +187,25 @@ class Tile {
         i1_(i1),
         j0_(j0),
         j1_(j1),
-        columns_(smaller(j1 * kPanel<T>, job.packed.n) - j0 * kPanel<T>),
+        columns_(smaller(j1 * kPanel, job.packed.n) - j0 * kPanel),
         strips_((i1 - i0 + kStrip - 1) / kStrip) {
     constexpr auto dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
     const Side& side = job.streamed;
     const bool same = side.dtype == dtype;
     along_ = same && side.depth_stride == sizeof(T);
     across_ = same && !along_ && side.stride == sizeof(T) && j1 - j0 <= kFewPanels;
-    in_place_ = !job.across && columns_ == (j1 - j0) * kPanel<T> && (i1 - i0) % kStrip == 0;
+    in_place_ = !job.across && columns_ == (j1 - j0) * kPanel && (i1 - i0) % kStrip == 0;
   }
 
   bool prepare() {
-    a_ = static_cast<T*>(scratch(5, strips_ * kStrip * kDepth * int64_t{sizeof(T)} + kBytes));
+    const bool packs = !(along_ || across_) || (i1_ - i0_) % kStrip != 0;
+    const int64_t strips = packs ? strips_ * kStrip * kDepth : 0;
+    a_ = static_cast<T*>(scratch(5, strips * int64_t{sizeof(T)} + kBytes));
     if (in_place_) {
-      sums_ =
-          static_cast<T*>(static_cast<void*>(job_.out)) + i0_ * job_.out_stride + j0_ * kPanel<T>;
+      sums_ = static_cast<T*>(static_cast<void*>(job_.out)) + i0_ * job_.out_stride + j0_ * kPanel;
       row_ = job_.out_stride;
     } else {
-      row_ = (j1_ - j0_) * kPanel<T>;
+      row_ = (j1_ - j0_) * kPanel;
       sums_ = static_cast<T*>(scratch(6, strips_ * kStrip * row_ * int64_t{sizeof(T)}));
     }
     return a_ && sums_;
@@ -205,10 +220,9 @@ class Tile {
       for (int64_t s = 0; s < strips_; s++)
         if (!(along_ || across_) || (whole && s == strips_ - 1)) pack_strip(s, k, n);
       for (int64_t j = j0_; j < j1_; j++) {
-        const T* panel = packed + j * kPanel<T> * (k1 - k0) + (k - k0) * kPanel<T>;
+        const T* panel = packed + j * kPanel * (k1 - k0) + (k - k0) * kPanel;
         for (int64_t s = 0; s < strips_; s++)
-          strip(s, k, n, panel, sums_ + s * kStrip * row_ + (j - j0_) * kPanel<T>,
-                fresh && k == k0);
+          strip(s, k, n, panel, sums_ + s * kStrip * row_ + (j - j0_) * kPanel, fresh && k == k0);
       }
     }
     if (!in_place_ || (job_.bias && k1 == job_.depth)) take_back(k1 == job_.depth);
@@ -227,17 +241,17 @@ class Tile {
     if ((along_ || across_) && i + kStrip <= i1_) {
       const T* a = reinterpret_cast<const T*>(side.data + i * side.stride + k * side.depth_stride);
       if (along_)
-        return inner_tile<T, Strip::kAlongDepth>(n, a, side.stride / int64_t{sizeof(T)}, panel,
+        return inner_tile<S, Strip::kAlongDepth>(n, a, side.stride / int64_t{sizeof(T)}, panel,
                                                  sums, row_, fresh);
-      return inner_tile<T, Strip::kAcross>(n, a, side.depth_stride / int64_t{sizeof(T)}, panel,
+      return inner_tile<S, Strip::kAcross>(n, a, side.depth_stride / int64_t{sizeof(T)}, panel,
                                            sums, row_, fresh);
     }
-    inner_tile<T, Strip::kAcross>(n, a_ + s * kStrip * kDepth, kStrip, panel, sums, row_, fresh);
+    inner_tile<S, Strip::kAcross>(n, a_ + s * kStrip * kDepth, kStrip, panel, sums, row_, fresh);
   }
 
   // Out's entry of streamed i0 and packed column j0 * panel, and from one to the next of either.
   T* out() const {
-    const int64_t column = j0_ * kPanel<T>;
+    const int64_t column = j0_ * kPanel;
     return static_cast<T*>(static_cast<void*>(job_.out)) +
            (job_.across ? column * job_.out_stride + i0_ : i0_ * job_.out_stride + column);
   }
@@ -273,7 +287,7 @@ class Tile {
     constexpr int L = Lanes<T>::n;
     const T* bias = last ? static_cast<const T*>(job_.bias) : nullptr;
     T* to = out();
-    if (bias) bias += job_.across ? i0_ : j0_ * kPanel<T>;
+    if (bias) bias += job_.across ? i0_ : j0_ * kPanel;
     const int64_t rows = i1_ - i0_;
     if (!job_.across) {
       for (int64_t i = 0; i < rows; i++)
@@ -307,21 +321,24 @@ class Tile {
   int64_t row_ = 0;
 };
 
-template <class T>
+template <class S>
 void serve_tile(const GemmJob& job, int64_t k0, int64_t k1, int64_t i0, int64_t i1, int64_t j0,
                 int64_t j1, const void* packed) {
-  Tile<T> tile(job, i0, i1, j0, j1);
+  Tile<S> tile(job, i0, i1, j0, j1);
   if (!tile.prepare()) return __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
-  tile.run(k0, k1, static_cast<const T*>(packed));
+  tile.run(k0, k1, static_cast<const typename S::T*>(packed));
+}
+
+template <class S>
+constexpr GemmKernels kernels_of() {
+  return {S::kStrip, S::kPanel, pack_panel<S>, serve_tile<S>};
 }
 
 }  // namespace
 
 extern const GemmTable gemm;
-const GemmTable gemm = {
-    {kStrip, kPanel<float>, pack_panel<float>, serve_tile<float>},
-    {kStrip, kPanel<double>, pack_panel<double>, serve_tile<double>},
-};
+const GemmTable gemm = {kernels_of<Plain<float>>(), kernels_of<Plain<double>>(),
+                        kernels_of<Slim<float>>(), kernels_of<Slim<double>>()};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

@@ -37,6 +37,7 @@ class Tiles {
       : job_(job),
         V_(job.logits.classes),
         contiguous_(job.logits.contiguous_rows() && (!job.out.data || job.out.contiguous_rows())),
+        padded_(job.logits.padded && (!job.out.data || job.out.padded)),
         dense_in_(dense(job.logits)),
         dense_out_(dense(job.out)),
         streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kStored == 0 &&
@@ -182,10 +183,11 @@ class Tiles {
     }
   };
 
-  // Of how many rows the vector from class j on, with `count` classes, ends within the tile.
+  // Of how many rows the vector from class j on, with `count` classes, ends within the tile, or
+  // within what is behind its row.
   template <bool kDense>
   int whole(const Tile& tile, int count) const {
-    if (!kDense) return 0;
+    if (!kDense) return padded_ ? tile.rows : 0;
     if (tile.rows == L) return whole_;
     int rows = tile.rows;
     for (int64_t beyond = L - count; beyond > 0 && rows > 0; beyond -= V_) rows--;
@@ -434,7 +436,7 @@ class Tiles {
 
   const RowJob& job_;
   const int64_t V_;
-  const bool contiguous_, dense_in_, dense_out_, streams_;
+  const bool contiguous_, padded_, dense_in_, dense_out_, streams_;
   const Numbers numbers_;
   int whole_, most_ = 1;  // whole_: of the rows of a full tile
   float* e_ = nullptr;

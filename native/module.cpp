@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "parallel.h"
+#include "thin.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -295,6 +296,66 @@ void matmul(const ReadOnly& a, const ReadOnly& b, const Array& out, bool accumul
   raise_unless_done(outcome);
 }
 
+Dtype output_dtype(const ThinJob& job) { return job.wide ? Dtype::kFloat64 : Dtype::kFloat32; }
+
+// An output of a thin head, (rows, cols) with contiguous rows.
+char* output_of(const ThinJob& job, const Array& array, int64_t rows, int64_t cols,
+                int64_t* stride) {
+  const Matrix m = matrix_of(array);
+  const int64_t size = size_of(output_dtype(job));
+  require(m.dtype == output_dtype(job), "expected an output of the pass's dtype");
+  require(m.rows == rows && m.cols == cols, "expected an output of its argument's shape");
+  const bool empty = rows == 0 || cols == 0;
+  require(
+      empty || ((m.col_stride == size || cols == 1) && (m.row_stride >= cols * size || rows == 1)),
+      "expected an output with contiguous rows");
+  *stride = m.row_stride / size;
+  return static_cast<char*>(array.data());
+}
+
+// The losses or their sum, as of cross_entropy, of x wᵀ + bias; the gradients to dx, dw and db,
+// (1, V).
+nb::object thin_head(const ReadOnly& x, const ReadOnly& w, const std::optional<ReadOnly>& bias,
+                     const nb::tuple& list, bool each, const std::optional<Array>& dx,
+                     const std::optional<Array>& dw, const std::optional<Array>& db,
+                     bool accumulate) {
+  ThinJob job;
+  job.x = matrix_of(x);
+  job.w = matrix_of(w);
+  const int64_t n = job.x.rows, D = job.x.cols, V = job.w.rows;
+  require(job.w.cols == D && V >= 1, "expected weights of at least one class and x's features");
+  job.wide = job.x.dtype == Dtype::kFloat64 || job.w.dtype == Dtype::kFloat64;
+  require(thin(V, D, job.wide), "expected fewer classes or features");
+  if (bias) {
+    require(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == V &&
+                (bias->stride(0) == 1 || V == 1),
+            "expected one bias a class");
+    require(dtype_of(bias->dtype()) == output_dtype(job), "expected a bias of the pass's dtype");
+    job.bias = bias->data();
+  }
+  int64_t unused = 0;
+  if (dx) job.dx = output_of(job, *dx, n, D, &job.dx_stride);
+  if (dw) job.dw = output_of(job, *dw, V, D, &job.dw_stride);
+  if (db) job.db = output_of(job, *db, 1, V, &unused);
+  job.accumulate = accumulate;
+  RowJob& rows = job.rows;
+  rows.logits.dtype = output_dtype(job);
+  rows.logits.outer = 1;
+  rows.logits.classes = V;
+  rows.logits.inner = rows.n_rows = n;
+  const Plan plan(rows, list);
+  double total = 0;
+  nb::object losses;
+  if (each) losses = new_array<double>(n, &rows.loss);
+  Outcome outcome = Outcome::kDone;
+  if (n != 0) {
+    nb::gil_scoped_release release;
+    outcome = run_thin(job, each ? nullptr : &total, poll_signals, nullptr);
+  }
+  raise_unless_done(outcome);
+  return each ? losses : nb::float_(total);
+}
+
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void copy(const Bytes& out, const Numbers<uint8_t>& source, bool streaming) {
@@ -322,6 +383,10 @@ NB_MODULE(_native, m) {
         "row_weight"_a.noconvert().none(), "class_weight"_a.noconvert().none());
   m.def("matmul", matmul, "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a,
         "bias"_a.noconvert().none());
+  m.def("thin_head", thin_head, "x"_a.noconvert(), "w"_a.noconvert(), "bias"_a.noconvert().none(),
+        "plan"_a, "each"_a, "dx"_a.noconvert().none(), "dw"_a.noconvert().none(),
+        "db"_a.noconvert().none(), "accumulate"_a);
+  m.def("thin", thin, "n_classes"_a, "n_features"_a, "wide"_a);
   m.def("copy_bytes", copy, "out"_a.noconvert(), "source"_a.noconvert(), "streaming"_a);
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, "n"_a);

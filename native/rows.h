@@ -20,6 +20,7 @@ struct View {
   Dtype dtype = Dtype::kFloat32;
   int64_t outer = 0, classes = 0, inner = 0;
   int64_t outer_stride = 0, class_stride = 0, inner_stride = 0;
+  bool padded = false;  // behind each row a vector's width of memory that may be read and written
 
   char* row(int64_t i) const {
     if (outer == 1) return data + i * inner_stride;  // a division takes as long as a short row

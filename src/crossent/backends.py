@@ -20,6 +20,10 @@ Planned = tuple[RowPlan, NDArray[Any] | None]
 """A plan, and its distribution target, seen as the logits are, if that is its kind."""
 
 
+Places = tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None]
+"""Where a layer's gradients in x, W and b go; None: not wanted."""
+
+
 class Backend(Protocol):
     """The functions that serve one (device, dtype); float64 results unless they are given `out`."""
 
@@ -52,6 +56,19 @@ class Backend(Protocol):
     ) -> None:
         """Write the Hessian-vector product to `out`."""
 
+    def thin_head(
+        self,
+        layer: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None],
+        plan: Planned,
+        upstream: Any,
+        places: Places,
+        accumulate: bool,
+    ) -> NDArray[np.float64] | float:
+        """Return what `cross_entropy` does of the logits of a layer (x, W, b) of few classes.
+
+        Writes its gradients to `places`, or adds those in W and b.
+        """
+
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         """Return logsumexp, target_logprob, entropy, argmax and target_rank, each ``(N,)``."""
 
@@ -83,6 +100,17 @@ class NativeBackend:
         out: NDArray[Any],
     ) -> None:
         _native.hvp(bits(logits), _arguments(plan, upstream), bits(vector), bits(out))
+
+    def thin_head(
+        self,
+        layer: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None],
+        plan: Planned,
+        upstream: Any,
+        places: Places,
+        accumulate: bool,
+    ) -> NDArray[np.float64] | float:
+        each = plan[0].reduction == "none"
+        return _native.thin_head(*layer, _arguments(plan, upstream), each, *places, accumulate)
 
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         row, _ = plan

@@ -15,6 +15,8 @@ Design:
      asked for are not made.
   d. 16-bit features and weights are multiplied as float32; their gradients are summed in float32
      and rounded once.
+  e. With few classes the products are too thin to be worth their reading: one native pass over the
+     features (native/thin.h) makes loss and gradients, block by block in the cache.
 
 Free of any framework: NumPy arrays in and out, bfloat16 as uint16.
 """
@@ -29,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent import products, rows
-from crossent.backends import Planned, backend_named, bits
+from crossent import _native, products, rows
+from crossent.backends import Places, Planned, backend_named, bits
 from crossent.features import (
     DenseRows,
     Rows,
@@ -52,6 +54,8 @@ from crossent.runtime import workspace_bytes
 
 _CACHED_BYTES = 8 * 2**20
 _ENOUGH_ROWS = 512
+_PASS_BYTES = 24 * 2**20
+_OWN_PRODUCT = products.native
 
 
 class LinearGrad(NamedTuple):
@@ -127,10 +131,17 @@ class Head:
         self._n_kept = plan.n_rows if self._kept is None else len(self._kept)
         self.shape, self.all_kept = self._weight.shape, self._kept is None
         self._workspace = workspace_bytes(where, None) if workspace is None else workspace
+        n_classes, n_features = self.shape
+        self._thin = self._product is _OWN_PRODUCT and not self._sparse
+        self._thin = self._thin and _native.thin(n_classes, n_features, compute == np.float64)
 
     def loss(self) -> NDArray[np.float64] | float:
         """Return the rows' losses ``(N,)`` with reduction "none", else their sum."""
         losses = _Losses(self.plan)
+        if self._thin:
+            for chunk in self._chunks(0):
+                losses.add(chunk, self._pass(chunk, None, (None, None, None), False))
+            return losses.found()
         for chunk in self._chunks(1):
             z = self._logits(chunk)
             losses.add(chunk, self._backend.cross_entropy(z, chunk.planned, None, None))
@@ -147,6 +158,12 @@ class Head:
         if not any(wrt):
             return self.loss(), LinearGrad(None, None, None)
         losses, sums = _Losses(self.plan), _Sums(self, wrt)
+        if self._thin:
+            for chunk in self._chunks(0):
+                given = _part(upstream, chunk)
+                losses.add(chunk, self._pass(chunk, given, *sums.places(chunk)))
+                sums.finish(chunk)
+            return losses.found(), sums.found()
         for chunk in self._chunks(1):
             z = self._logits(chunk)
             given = _part(upstream, chunk)
@@ -206,9 +223,7 @@ class Head:
     def _chunk_rows(self, n_buffers: int, along_x: DenseRows | None) -> int:
         n_classes, n_features = self._weight.shape
         compute, dropped = self.compute_dtype, self._kept is not None
-        # Beside its logits a row may need its gradient in x before that is rounded, and copies.
-        row = (n_buffers * n_classes + n_features) * compute.itemsize
-        row += scratch_bytes_a_row(compute) + self._features.copied_bytes(dropped)
+        row = self._features.copied_bytes(dropped)
         if along_x is not None:
             row += along_x.copied_bytes(dropped)
         if self.plan.kind == "distribution":
@@ -216,6 +231,13 @@ class Head:
             row += rows.distribution_rows(self.plan).copied_bytes(dropped)
             converts = self._readable(target) != bits(target).dtype or not target.flags.aligned
             row += converts * n_classes * compute.itemsize
+        # Beside its logits a row may need its gradient in x before that is rounded, and copies.
+        if n_buffers > 0 or row > 0 or self._features.dtype != compute:
+            row += (n_buffers * n_classes + n_features) * compute.itemsize
+        if n_buffers == 0:
+            room = max(self._workspace - _PASS_BYTES, self._workspace // 4)
+            return self._n_kept if row == 0 else self._equal(max(1, room // row))
+        row += scratch_bytes_a_row(compute)
         if self._sparse:
             scratch = self._tile_bytes
         else:
@@ -223,8 +245,11 @@ class Head:
         room = max(self._workspace - scratch, self._workspace // 4)
         cached = _CACHED_BYTES // row
         n = max(1, min(room // row, cached) if cached >= _ENOUGH_ROWS else room // row)
-        # Chunks of about one length: none is so short that its products are slow.
-        n_chunks: int = max(1, math.ceil(self._n_kept / n))
+        return self._equal(n)
+
+    def _equal(self, most: int) -> int:
+        """Return the length of chunks of about one length: none's products are slow then."""
+        n_chunks: int = max(1, math.ceil(self._n_kept / most))
         return math.ceil(self._n_kept / n_chunks)
 
     def _chunks(self, n_buffers: int, along_x: DenseRows | None = None) -> Iterator[_Chunk]:
@@ -270,6 +295,17 @@ class Head:
         z = chunk.buffers[0]
         self._times(chunk.features, self._weight, z, self._bias)
         return z
+
+    def _pass(
+        self,
+        chunk: _Chunk,
+        upstream: Any,
+        places: Places,
+        accumulate: bool = False,
+    ) -> NDArray[np.float64] | float:
+        """Return the loss, and make the gradients, in one pass over the features."""
+        layer = chunk.features, self._weight, self._bias
+        return self._backend.thin_head(layer, chunk.planned, upstream, places, accumulate)
 
     # Products -------------------------------------------------------------------------------------
 
@@ -366,6 +402,13 @@ class _Sums:
         if self._bias is not None and not more:
             self._head.add_to_bias(g, self._bias, later)
         self._first = False
+
+    def places(self, chunk: _Chunk) -> tuple[Places, bool]:
+        """Return where gradients in x, W and b go, and whether the latter two are added there."""
+        later, self._first = not self._first, False
+        if self._input is not None:
+            self._rows = self._place(self._input, chunk)
+        return (self._rows, self._weight, self._bias), later
 
     def _place(self, whole: NDArray[Any], chunk: _Chunk) -> NDArray[Any]:
         if whole.dtype == self._compute and isinstance(chunk.rows, slice):

@@ -1,0 +1,262 @@
+#include "thin.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "total.h"
+
+namespace crossent {
+namespace {
+
+constexpr int64_t kSlots = 16, kFewestSlots = 4, kSlotBytes = int64_t{16} << 20;
+constexpr int64_t kMostClasses = 64;
+// Of the features in a block: with the weights and the slot's gradient they stay in the L2 cache.
+constexpr int64_t kBlockBytes = int64_t{1} << 17, kMostRows = 240;
+constexpr int64_t kTileFeatures = 96;
+constexpr int kLogits = 8, kPacked = 9, kLosses = 7;  // scratch
+
+int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+Memory allocate(int64_t bytes) {
+  const int64_t whole = std::max<int64_t>(64, ceiling(bytes, 64) * 64);
+  return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(whole))));
+}
+
+int64_t slots_for(int64_t n_classes, int64_t n_features, int64_t size) {
+  // (Padded to 64 at most: the instruction set must not decide.)
+  return std::min(kSlots, kSlotBytes / std::max<int64_t>(1, 64 * n_features * size)) *
+         (n_classes <= kMostClasses && n_features > 0);
+}
+
+template <class T>
+class Thin {
+ public:
+  Thin(const ThinJob& job, bool (*poll)(void*), void* poll_context)
+      : job_(job),
+        kernels_(gemm_kernels().of(job.wide, job.w.rows)),
+        columns_(gemm_kernels().of(job.wide, job.x.cols)),
+        serve_(row_kernel(row_job(job))),
+        N_(job.x.rows),
+        D_(job.x.cols),
+        V_(job.w.rows),
+        panels_(ceiling(V_, kernels_.panel)),
+        width_(panels_ * kernels_.panel),
+        poll_(poll),
+        poll_context_(poll_context) {
+    job_.rows.no_memory = &no_memory_;
+    job_.rows.bad_target = &bad_target_;
+    const int64_t fit = kBlockBytes / std::max<int64_t>(1, D_ * size_of(job.x.dtype));
+    const int64_t rows = std::max<int64_t>(1, std::min(kMostRows, fit) / kernels_.strip);
+    block_ = rows * kernels_.strip;
+    slots_ = std::min(slots_for(V_, D_, kSize), std::max<int64_t>(1, ceiling(N_, block_)));
+  }
+
+  Outcome operator()(double* total) {
+    const OwnScratch scratch;
+    if (!prepare()) return Outcome::kOutOfMemory;
+    std::unique_ptr<double[]> sums(new double[static_cast<size_t>(slots_)]());
+    const auto slot = [&](int64_t s) {
+      sums[static_cast<size_t>(s)] = serve(s, total != nullptr);
+      trim_scratch();
+    };
+    if (!parallel_for(slots_, slot, poll_, poll_context_)) return Outcome::kCancelled;
+    if (no_memory_) return Outcome::kOutOfMemory;
+    if (bad_target_) return Outcome::kBadTarget;
+    const auto features = [&](int64_t i) { add_up(i * kTileFeatures); };
+    if (job_.dw && !parallel_for(ceiling(D_, kTileFeatures), features, poll_, poll_context_))
+      return Outcome::kCancelled;
+    if (job_.db) add_up_bias();
+    if (total) {
+      Total all;
+      all.add(sums.get(), slots_);
+      *total = all.value();
+    }
+    return Outcome::kDone;
+  }
+
+ private:
+  static constexpr int64_t kSize = sizeof(T);
+
+  static RowJob row_job(const ThinJob& job) {
+    RowJob rows = job.rows;
+    rows.logits.dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+    return rows;
+  }
+
+  bool prepare() {
+    weights_ = allocate(width_ * D_ * kSize);
+    bias_ = allocate(width_ * kSize);
+    if (job_.dw) gradients_ = allocate(slots_ * D_ * width_ * kSize);
+    if (job_.db) biases_ = allocate(slots_ * width_ * int64_t{sizeof(double)});
+    if (job_.dx) across_ = allocate(ceiling(D_, columns_.panel) * columns_.panel * V_ * kSize);
+    if (!weights_ || !bias_ || (job_.dw && !gradients_) || (job_.db && !biases_) ||
+        (job_.dx && !across_))
+      return false;
+    std::memset(bias_.get(), 0, static_cast<size_t>(width_ * kSize));
+    if (job_.bias) std::memcpy(bias_.get(), job_.bias, static_cast<size_t>(V_ * kSize));
+    GemmJob packing;
+    packing.packed = {job_.w.data, job_.w.dtype, V_, job_.w.row_stride, job_.w.col_stride};
+    for (int64_t j = 0; j < panels_; j++)
+      kernels_.pack(packing, 0, D_, j, weights_.get() + j * kernels_.panel * D_ * kSize);
+    packing.packed = {job_.w.data, job_.w.dtype, D_, job_.w.col_stride, job_.w.row_stride};
+    for (int64_t j = 0; job_.dx && j < ceiling(D_, columns_.panel); j++)
+      columns_.pack(packing, 0, V_, j, across_.get() + j * columns_.panel * V_ * kSize);
+    return true;
+  }
+
+  // One slot's rows; returns the sum of their losses.
+  double serve(int64_t s, bool sum) {
+    const int64_t begin = N_ * s / slots_, end = N_ * (s + 1) / slots_;
+    auto* z = static_cast<char*>(scratch(kLogits, block_ * width_ * kSize));
+    auto* packed =
+        panels_ > 1 && job_.dw ? static_cast<char*>(scratch(kPacked, block_ * width_ * kSize)) : z;
+    auto* losses = static_cast<double*>(scratch(kLosses, block_ * int64_t{sizeof(double)}));
+    if (!z || !packed || !losses) return report_out_of_memory(job_.rows), 0;
+    if (job_.dw) std::memset(gradient(s), 0, static_cast<size_t>(D_ * width_ * kSize));
+    if (job_.db) std::memset(bias_of(s), 0, static_cast<size_t>(width_ * int64_t{sizeof(double)}));
+    Total total;
+    for (int64_t i = begin; i < end && !stop_wanted(); i += block_) {
+      const int64_t n = std::min(block_, end - i);
+      logits(i, n, z);
+      RowJob rows = row_job(job_);
+      View view;
+      view.dtype = rows.logits.dtype;
+      view.outer = 1;
+      view.classes = V_;
+      view.inner = N_;
+      view.class_stride = kSize;
+      view.inner_stride = width_ * kSize;
+      view.data = z - i * view.inner_stride;
+      view.padded = true;
+      rows.logits = view;
+      if (job_.dx || job_.dw || job_.db) rows.out = view;
+      if (sum) rows.loss = losses, rows.first_loss = i;
+      serve_(rows, i, i + n);
+      if (sum) total.add(losses, n);
+      if (job_.dw) weight_gradient(i, n, z, packed, gradient(s));
+      if (job_.db) bias_gradient(n, z, bias_of(s));
+      if (job_.dx) input_gradient(i, n, z);
+    }
+    return total.value();
+  }
+
+  Side rows_of_x(int64_t i, int64_t n) const {
+    return {job_.x.data + i * job_.x.row_stride, job_.x.dtype, n, job_.x.row_stride,
+            job_.x.col_stride};
+  }
+
+  void logits(int64_t i, int64_t n, char* z) {
+    GemmJob job = product(D_);
+    job.streamed = rows_of_x(i, n);
+    job.packed.n = width_;
+    job.out = z;
+    job.out_stride = width_;
+    job.bias = job_.bias ? bias_.get() : nullptr;
+    kernels_.tile(job, 0, D_, 0, n, 0, panels_, weights_.get());
+  }
+
+  // The slot's (D, width) += xᵀ g.
+  void weight_gradient(int64_t i, int64_t n, const char* g, char* packed, char* out) {
+    GemmJob job = product(n);
+    const Side rows = rows_of_x(i, n);
+    job.streamed = {rows.data, rows.dtype, D_, rows.depth_stride, rows.stride};
+    job.packed = {g, row_job(job_).logits.dtype, width_, kSize, width_ * kSize};
+    job.out = out;
+    job.out_stride = width_;
+    job.accumulate = true;
+    for (int64_t j = 0; panels_ > 1 && j < panels_; j++)
+      kernels_.pack(job, 0, n, j, packed + j * kernels_.panel * n * kSize);
+    // Whole strips apart from the rest: those are added where they lie.
+    const int64_t whole = D_ / kernels_.strip * kernels_.strip;
+    const int64_t step = ceiling(kTileFeatures, kernels_.strip) * kernels_.strip;
+    for (int64_t d = 0; d < whole; d += step)
+      kernels_.tile(job, 0, n, d, std::min(whole, d + step), 0, panels_, packed);
+    if (whole < D_) kernels_.tile(job, 0, n, whole, D_, 0, panels_, packed);
+  }
+
+  void bias_gradient(int64_t n, const char* g, double* out) const {
+    const T* at = reinterpret_cast<const T*>(g);
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < V_; j++) out[j] += static_cast<double>(at[i * width_ + j]);
+  }
+
+  void input_gradient(int64_t i, int64_t n, const char* g) {
+    GemmJob job = product(V_);
+    job.streamed = {g, row_job(job_).logits.dtype, n, width_ * kSize, kSize};
+    job.packed.n = D_;
+    job.out = job_.dx + i * job_.dx_stride * kSize;
+    job.out_stride = job_.dx_stride;
+    const int64_t panels = ceiling(D_, columns_.panel), whole = D_ / columns_.panel;
+    const int64_t step = 4;
+    for (int64_t j = 0; j < whole; j += step)
+      columns_.tile(job, 0, V_, 0, n, j, std::min(whole, j + step), across_.get());
+    if (whole < panels) columns_.tile(job, 0, V_, 0, n, whole, panels, across_.get());
+  }
+
+  GemmJob product(int64_t depth) {
+    GemmJob job;
+    job.depth = depth;
+    job.wide = job_.wide;
+    job.no_memory = &no_memory_;
+    return job;
+  }
+
+  // The slots' gradients of kTileFeatures features, from d0 on, to the weights' own.
+  void add_up(int64_t d0) const {
+    const int64_t end = std::min(D_, d0 + kTileFeatures);
+    for (int64_t v = 0; v < V_; v++) {
+      T* out = reinterpret_cast<T*>(job_.dw) + v * job_.dw_stride;
+      for (int64_t d = d0; d < end; d++) {
+        T sum = 0;
+        for (int64_t s = 0; s < slots_; s++)
+          sum += reinterpret_cast<const T*>(gradient(s))[d * width_ + v];
+        out[d] = job_.accumulate ? out[d] + sum : sum;
+      }
+    }
+  }
+
+  void add_up_bias() const {
+    T* out = reinterpret_cast<T*>(job_.db);
+    for (int64_t v = 0; v < V_; v++) {
+      double sum = 0;
+      for (int64_t s = 0; s < slots_; s++) sum += bias_of(s)[v];
+      out[v] = job_.accumulate ? static_cast<T>(out[v] + sum) : static_cast<T>(sum);
+    }
+  }
+
+  char* gradient(int64_t s) const { return gradients_.get() + s * D_ * width_ * kSize; }
+  double* bias_of(int64_t s) const { return reinterpret_cast<double*>(biases_.get()) + s * width_; }
+
+  ThinJob job_;
+  const GemmKernels &kernels_, &columns_;  // V wide; D wide, for the gradient in x
+  const RowKernel serve_;
+  const int64_t N_, D_, V_, panels_, width_;
+  bool (*const poll_)(void*);
+  void* const poll_context_;
+  int64_t block_ = 1, slots_ = 1;  // rows of a block
+  Memory weights_, across_, bias_, gradients_, biases_;
+  bool no_memory_ = false, bad_target_ = false;
+};
+
+}  // namespace
+
+bool thin(int64_t n_classes, int64_t n_features, bool wide) {
+  return slots_for(n_classes, n_features, wide ? 8 : 4) >= kFewestSlots;
+}
+
+Outcome run_thin(const ThinJob& job, double* total, bool (*poll)(void*), void* poll_context) {
+  return job.wide ? Thin<double>(job, poll, poll_context)(total)
+                  : Thin<float>(job, poll, poll_context)(total);
+}
+
+}  // namespace crossent
