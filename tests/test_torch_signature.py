@@ -133,6 +133,27 @@ def test_a_view_with_its_sign_pending():
     found.backward()
 
 
+def test_zeros_without_memory():
+    zeros = torch._efficientzerotensor((4, 3), dtype=torch.float32)
+    target = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(
+        crossent.torch.cross_entropy(zeros, target),
+        crossent.torch.cross_entropy(torch.zeros(4, 3), target),
+    )
+
+
+@pytest.mark.parametrize("name", ["target", "weight", "sample_weight"])
+def test_floats_nobody_reads(name):
+    given = {"target": torch.tensor([0, 1]), name: torch.ones(3).to(torch.float8_e5m2)}
+    with pytest.raises(TypeError, match=f"^cross_entropy: {name} must be float64, float32"):
+        crossent.torch.cross_entropy(torch.zeros(2, 3), **given)
+
+
+def test_a_target_is_needed():
+    with pytest.raises(TypeError, match=r"^cross_entropy: target must be a tensor, got None"):
+        crossent.torch.cross_entropy(torch.zeros(2, 3), None)
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 X, Y = np.zeros((4, 3)), np.array([0, 1, 2, 0])

@@ -124,6 +124,8 @@ def cross_entropy(
     where = "cross_entropy"
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if target is None:
+        raise errors.not_a_tensor(where, "target", target)
     _check(where, input, target)
     axis = class_axis(where, input, dim)
     options = Options(
@@ -260,6 +262,13 @@ def _check(where: str, input: Tensor, target: Tensor | None) -> None:
             raise errors.not_a_tensor(where, "target", target)
         if target.device != input.device:
             raise errors.other_device(where, "target", target.device, input.device)
+        _check_numbers(where, "target", target)
+
+
+def _check_numbers(where: str, name: str, value: Tensor) -> None:
+    """Raise for floats of 8 bits or fewer, of which neither NumPy nor most of PyTorch knows."""
+    if value.dtype not in BACKENDS and value.dtype.is_floating_point:
+        raise errors.bad_input_dtype(where, name, value.dtype)
 
 
 def check_options(where: str, input: Tensor, options: Options) -> None:
@@ -275,6 +284,7 @@ def check_options(where: str, input: Tensor, options: Options) -> None:
             raise errors.not_a_tensor(where, name, value)
         if value.device != input.device:
             raise errors.other_device(where, name, value.device, input.device)
+        _check_numbers(where, name, value)
     _no_gradient(where, "weight", options.weight)
     for name in _NUMBERS:
         value = getattr(options, name)

@@ -71,8 +71,13 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
     """Return the array that shares a CPU tensor's memory; bfloat16 as uint16."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.is_neg():  # a view whose sign is still to be changed: the imaginary part of a conj()
-        tensor = tensor.resolve_neg()
+    try:
+        return _shared(tensor)
+    except RuntimeError:  # no memory as it should be: a sign is pending, or all zeros are implied
+        return _shared(tensor.resolve_neg().clone())
+
+
+def _shared(tensor: Tensor) -> NDArray[Any]:
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()
