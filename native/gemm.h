@@ -36,6 +36,9 @@ struct GemmJob {
   const void* bias = nullptr;  // one a column, of out's type
   bool accumulate = false;
   bool* no_memory = nullptr;
+  // What a tile fetches into the cache while it computes: memory that is needed next.
+  const char* ahead = nullptr;
+  int64_t ahead_bytes = 0;
 };
 
 struct GemmKernels {

@@ -62,7 +62,8 @@ enum class Strip { kAlongDepth, kAcross };
 // depths. kAlongDepth: entry (r, k) at a[r * step + k]; kAcross: at a[k * step + r].
 template <class S, Strip strip, class T = typename S::T>
 __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, const T* panel,
-                                          T* sums, int64_t row, bool fresh) {
+                                          T* sums, int64_t row, bool fresh, const char* ahead,
+                                          int64_t lines) {
   using V = typename S::V;
   constexpr int L = S::L, kStrip = S::kStrip, kVectors = S::kVectors;
   V x[kStrip][kVectors];
@@ -71,7 +72,8 @@ __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, c
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; v++) x[r][v] = V{};
   for (int r = 0; r < kStrip; r++) __builtin_prefetch(sums + r * row, 1);
-  for (int64_t k = 0; k < n; k++) {
+  for (int64_t k = 0; k < n; k++, ahead += lines) {
+    __builtin_prefetch(ahead);
     V b[kVectors];
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; v++)
@@ -237,16 +239,20 @@ class Tile {
 
   void strip(int64_t s, int64_t k, int64_t n, const T* panel, T* sums, bool fresh) {
     const Side& side = job_.streamed;
-    const int64_t i = i0_ + s * kStrip;
+    const int64_t i = i0_ + s * kStrip, line = ahead_ < end_ ? 64 : 0;
+    const char* ahead = line ? ahead_ : reinterpret_cast<const char*>(panel);
+    ahead_ += line * n;
+    constexpr int64_t kSize = sizeof(T);
     if ((along_ || across_) && i + kStrip <= i1_) {
       const T* a = reinterpret_cast<const T*>(side.data + i * side.stride + k * side.depth_stride);
       if (along_)
-        return inner_tile<S, Strip::kAlongDepth>(n, a, side.stride / int64_t{sizeof(T)}, panel,
-                                                 sums, row_, fresh);
-      return inner_tile<S, Strip::kAcross>(n, a, side.depth_stride / int64_t{sizeof(T)}, panel,
-                                           sums, row_, fresh);
+        return inner_tile<S, Strip::kAlongDepth>(n, a, side.stride / kSize, panel, sums, row_,
+                                                 fresh, ahead, line);
+      return inner_tile<S, Strip::kAcross>(n, a, side.depth_stride / kSize, panel, sums, row_,
+                                           fresh, ahead, line);
     }
-    inner_tile<S, Strip::kAcross>(n, a_ + s * kStrip * kDepth, kStrip, panel, sums, row_, fresh);
+    inner_tile<S, Strip::kAcross>(n, a_ + s * kStrip * kDepth, kStrip, panel, sums, row_, fresh,
+                                  ahead, line);
   }
 
   // Out's entry of streamed i0 and packed column j0 * panel, and from one to the next of either.
@@ -318,6 +324,7 @@ class Tile {
   const int64_t i0_, i1_, j0_, j1_, columns_, strips_;
   bool along_, across_, in_place_;
   T *a_ = nullptr, *sums_ = nullptr;
+  const char *ahead_ = job_.ahead, *const end_ = job_.ahead + job_.ahead_bytes;
   int64_t row_ = 0;
 };
 

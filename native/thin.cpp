@@ -127,7 +127,8 @@ class Thin {
     Total total;
     for (int64_t i = begin; i < end && !stop_wanted(); i += block_) {
       const int64_t n = std::min(block_, end - i);
-      logits(i, n, z);
+      Ahead next = ahead(i + n, end);
+      logits(i, n, z, next);
       RowJob rows = row_job(job_);
       View view;
       view.dtype = rows.logits.dtype;
@@ -143,11 +144,29 @@ class Thin {
       if (sum) rows.loss = losses, rows.first_loss = i;
       serve_(rows, i, i + n);
       if (sum) total.add(losses, n);
-      if (job_.dw) weight_gradient(i, n, z, packed, gradient(s));
+      if (job_.dw) weight_gradient(i, n, z, packed, gradient(s), next);
       if (job_.db) bias_gradient(n, z, bias_of(s));
       if (job_.dx) input_gradient(i, n, z);
     }
     return total.value();
+  }
+
+  // The rows of x that come next in a slot, as far as they are not asked for yet.
+  struct Ahead {
+    const char* at;
+    int64_t bytes;
+  };
+  Ahead ahead(int64_t i, int64_t end) const {
+    const int64_t row = D_ * size_of(job_.x.dtype);
+    const bool dense = job_.x.row_stride == row && job_.x.col_stride == size_of(job_.x.dtype);
+    const int64_t n = dense ? std::max<int64_t>(0, std::min(block_, end - i)) : 0;
+    return {job_.x.data + (n > 0 ? i * row : 0), n * row};
+  }
+  static void fetch(GemmJob& job, Ahead& next, int64_t bytes) {
+    job.ahead = next.at;
+    job.ahead_bytes = bytes;
+    next.at += bytes;
+    next.bytes -= bytes;
   }
 
   Side rows_of_x(int64_t i, int64_t n) const {
@@ -155,9 +174,10 @@ class Thin {
             job_.x.col_stride};
   }
 
-  void logits(int64_t i, int64_t n, char* z) {
+  void logits(int64_t i, int64_t n, char* z, Ahead& next) {
     GemmJob job = product(D_);
     job.streamed = rows_of_x(i, n);
+    fetch(job, next, job_.dw ? next.bytes / 2 : next.bytes);
     job.packed.n = width_;
     job.out = z;
     job.out_stride = width_;
@@ -166,7 +186,7 @@ class Thin {
   }
 
   // The slot's (D, width) += xᵀ g.
-  void weight_gradient(int64_t i, int64_t n, const char* g, char* packed, char* out) {
+  void weight_gradient(int64_t i, int64_t n, const char* g, char* packed, char* out, Ahead& next) {
     GemmJob job = product(n);
     const Side rows = rows_of_x(i, n);
     job.streamed = {rows.data, rows.dtype, D_, rows.depth_stride, rows.stride};
@@ -179,8 +199,12 @@ class Thin {
     // Whole strips apart from the rest: those are added where they lie.
     const int64_t whole = D_ / kernels_.strip * kernels_.strip;
     const int64_t step = ceiling(kTileFeatures, kernels_.strip) * kernels_.strip;
-    for (int64_t d = 0; d < whole; d += step)
+    const int64_t each = next.bytes / std::max<int64_t>(1, ceiling(whole, step));
+    for (int64_t d = 0; d < whole; d += step) {
+      fetch(job, next, each);
       kernels_.tile(job, 0, n, d, std::min(whole, d + step), 0, panels_, packed);
+    }
+    job.ahead_bytes = 0;
     if (whole < D_) kernels_.tile(job, 0, n, whole, D_, 0, panels_, packed);
   }
 
