@@ -111,8 +111,9 @@ def plain(
     target_prob=None,
 ):
     """Return the loss by PyTorch's `log_softmax`, or by its `cross_entropy` where that has it."""
-    own = sample_weight is None and target_prob is None and divisor is None
-    if own and z_loss == 0 and logit_scale == 1 and softcap is None:
+    theirs = sample_weight is None and target_prob is None and divisor is None
+    theirs = theirs and (ignore_index < 0 or not target.is_floating_point())
+    if theirs and z_loss == 0 and logit_scale == 1 and softcap is None:
         return functional.cross_entropy(
             logits, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
@@ -131,7 +132,7 @@ def plain(
         q = target
     else:
         s = s * (target != ignore_index)
-        q, counts = functional.one_hot(target, V), s * w[target]
+        q, counts = functional.one_hot(target, V).double(), s * w[target]
     q = w * ((1 - label_smoothing) * q + label_smoothing / V)
     each = -(q * z.log_softmax(1)).sum(1) + z_loss * q.sum(1) * z.logsumexp(1) ** 2
     if reduction == "none":
@@ -152,14 +153,13 @@ def close(got, want, size=1.0):
 
 
 @cells
-def test_first_and_second_derivatives(kind, name):
+def test_first_derivatives(kind, name):
     head = Head(kind, name).requires()
     assert gradcheck(head.loss, head.operands)
-    assert gradgradcheck(head.loss, head.operands)
 
 
 @some_cells
-def test_derivatives_forward_and_batched(kind, name):
+def test_second_derivatives_forward_and_batched(kind, name):
     head = Head(kind, name).requires()
     batched = {"check_batched_grad": True}
     assert gradcheck(
@@ -185,7 +185,7 @@ def test_derivatives_in_some_of_the_operands(name, wanted):
 
 
 # At weight 0, where a row is dropped, the loss has no derivative in the weight.
-@pytest.mark.parametrize("name", ["none", "weight", "label_smoothing", "divisor", "every one"])
+@pytest.mark.parametrize("name", ["none", "divisor", "every one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_in_all_that_has_one(kind, name):
     head = Head(kind, name).requires()
