@@ -213,11 +213,18 @@ def test_derivatives_in_all_that_has_one(kind, name):
 def test_third_derivative(kind, name):
     head = Head(kind, name).requires()
 
-    def curvature(*operands):
-        grads = torch.autograd.grad(head.loss(*operands).sum(), operands, create_graph=True)
+    def curvature(*operands, function=head.loss):
+        loss = function(*operands).sum()
+        grads = torch.autograd.grad(loss, operands, create_graph=True)
         along = sum((g * d).sum() for g, d in zip(grads, head.directions, strict=True))
         return torch.autograd.grad(along, operands, create_graph=True)
 
+    thirds = []
+    for function in (head.loss, head.plain):
+        curves = curvature(*head.operands, function=function)
+        thirds.append([*curves, *torch.autograd.grad(curves, head.operands, head.directions)])
+    for found, want in zip(*thirds, strict=True):
+        close(found, want, 16)
     assert gradcheck(curvature, head.operands)
 
 

@@ -297,7 +297,7 @@ def test_opcheck(kind, name, dtype, bias):
     upstream = torch.rand_like(served.linear_cross_entropy.default(x, w, b, *rest))
     upstream.requires_grad_()
     x = x.detach().mT.contiguous().mT.requires_grad_()
-    given = (x, w, b, upstream, *rest, True, True, bias)
+    given = (x, w, b, upstream, *rest, not bias, True, bias)
     torch.library.opcheck(served.linear_cross_entropy_grad.default, given)
     x, w, b, upstream = (t if t is None else t.detach() for t in (x, w, b, upstream))
     given = (x, w, b, upstream, torch.rand_like(x), None, b, *rest, True, True, bias, True)
