@@ -203,9 +203,7 @@ def test_derivatives_in_all_that_has_one(kind, name):
     assert gradcheck(loss, operands)
     assert gradgradcheck(loss, operands)
     want = torch.autograd.grad(head.plain(*head.operands, **given), operands)
-    for found, expected in zip(
-        torch.autograd.grad(loss(*operands), operands), want, strict=True
-    ):
+    for found, expected in zip(torch.autograd.grad(loss(*operands), operands), want, strict=True):
         close(found, expected)
 
 
@@ -273,9 +271,7 @@ def test_the_upstream_gradient_has_a_derivative(kind, reduction):
     head = Head(kind).requires()
     head.options["reduction"] = reduction
     loss = head.loss(*head.operands)
-    _, want = torch.func.jvp(
-        head.plain, tuple(x.detach() for x in head.operands), head.directions
-    )
+    _, want = torch.func.jvp(head.plain, tuple(x.detach() for x in head.operands), head.directions)
     for operands in (head.operands, head.operands[:1]):
         upstream = torch.rand_like(loss).requires_grad_()
         grads = torch.autograd.grad(loss, head.operands, upstream, create_graph=True)
@@ -428,9 +424,10 @@ def test_a_target_out_of_range_is_nan_where_nothing_can_raise(value):
     head.target[1] = value
     with pytest.raises(IndexError, match=rf"target\[1\] is {value}, but there are 3 classes"):
         head.loss(*head.operands)
-    for found in (vjp(head.loss, *head.operands)[0], vmap(head.loss)(*(
-        x[None] for x in head.operands
-    ))[0]):
+    for found in (
+        vjp(head.loss, *head.operands)[0],
+        vmap(head.loss)(*(x[None] for x in head.operands))[0],
+    ):
         assert found.isnan().tolist() == [False, True, False]
     slope = grad(lambda x: head.loss(x, *head.operands[1:]).sum())(head.operands[0])
     assert slope.isnan().all(dim=1).tolist() == [False, True, False]

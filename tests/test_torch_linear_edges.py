@@ -1,4 +1,4 @@
-"""The fused head from PyTorch at the edges: no rows, features or choice, odd memory, odd numbers."""
+"""The fused head from PyTorch at the edges: no rows, no features, odd memory, odd numbers."""
 
 import pytest
 
@@ -232,12 +232,11 @@ def test_batched_backward_passes():
     for function in (head, peer):
         loss = function(x, w, b, y, reduction="none")
         rows = torch.eye(N).double()
-        batch = torch.autograd.grad(
-            loss, (x, w, b), rows, is_grads_batched=True, create_graph=True
-        )
+        batch = torch.autograd.grad(loss, (x, w, b), rows, is_grads_batched=True, create_graph=True)
         grads = torch.autograd.grad(function(x, w, b, y), (x, w, b), create_graph=True)
         units = torch.eye(N * D).double().reshape(-1, N, D)
-        found.append([*batch, *torch.autograd.grad(grads[0], (x, w, b), units, is_grads_batched=True)])
+        curves = torch.autograd.grad(grads[0], (x, w, b), units, is_grads_batched=True)
+        found.append([*batch, *curves])
     close(*found, 4)
 
 

@@ -208,9 +208,7 @@ def _along(operands: Operands, vectors: Operands) -> Tensor:
     return found
 
 
-def _in_operands(
-    g: Tensor, operands: Operands, wanted: tuple[bool, ...], plan: Plan
-) -> Operands:
+def _in_operands(g: Tensor, operands: Operands, wanted: tuple[bool, ...], plan: Plan) -> Operands:
     """G W, gᵀ x and Σ g, each in its operand's dtype, as far as they are `wanted`."""
     x, w, _ = operands
     like = x if x is not None else w
