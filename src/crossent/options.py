@@ -191,6 +191,14 @@ def bad_input_dtype(where: str, name: str, dtype: object) -> TypeError:
     )
 
 
+def bad_tensor_dtype(where: str, name: str, dtype: object) -> TypeError:
+    """A tensor whose dtype no kernel computes."""
+    return TypeError(
+        f"{where}: {name} must be float64, float32, float16 or bfloat16, got {dtype_name(dtype)}; "
+        f"convert it first, for example with {name}.float()"
+    )
+
+
 def bad_input_ndim(where: str) -> ValueError:
     """Logits without any axis."""
     return ValueError(

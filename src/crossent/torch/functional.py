@@ -256,7 +256,7 @@ def _check(where: str, input: Tensor, target: Tensor | None) -> None:
     if input.dtype not in BACKENDS:
         if not input.is_floating_point():
             functional.log_softmax(input, -1)  # PyTorch's own error
-        raise errors.bad_input_dtype(where, "input", input.dtype)
+        raise errors.bad_tensor_dtype(where, "input", input.dtype)
     if target is not None:
         if not isinstance(target, Tensor):
             raise errors.not_a_tensor(where, "target", target)

@@ -273,7 +273,7 @@ def _checked(
         raise errors.more_than_rows(where, shape, tuple(input.shape))
     operands = _autocast(Operands(input, weight, bias))
     if operands.input.dtype not in BACKENDS:
-        raise errors.bad_input_dtype(where, "input", operands.input.dtype)
+        raise errors.bad_tensor_dtype(where, "input", operands.input.dtype)
     for name, value in zip(("linear_weight", "linear_bias"), operands[1:], strict=True):
         if value is not None and value.dtype != operands.input.dtype:
             raise errors.other_dtype(where, name, value.dtype, operands.input.dtype)

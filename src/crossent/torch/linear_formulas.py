@@ -9,7 +9,8 @@ Design:
   b. On the CPU 16-bit features and weights are multiplied as float32, as the kernels do; elsewhere
      `linear` takes them as they are, for the sake of its speed, and rounds the logits.
   c. Whether autocast is on was asked where the call began; here it is off.
-  d. A dropped row's features are replaced by 0, since 0 times a NaN in them is none.
+  d. A dropped row's features are replaced by 0, since 0 times a NaN in them is none; so is its
+     gradient in them, for the sake of a NaN in a direction that meets it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def gradients(
     with _as_they_are(operands.input):
         kept = _kept(operands, plan)
         g = formulas.gradient(logits(kept), plan, grad_output)
-        return _in_operands(g, kept, wanted)
+        return _in_operands(g, kept, wanted, plan)
 
 
 def hvp(
@@ -78,7 +79,7 @@ def hvp(
         vectors = Operands(along_x, *vectors[1:])
         z, along = logits(kept), _along(kept, vectors)
         h = formulas.hvp(z, plan, grad_output, along)
-        found = _in_operands(h, kept, wanted)
+        found = _in_operands(h, kept, wanted, plan)
         if along_x is None and vectors.weight is None:
             return found
         # The terms that x and W have in common.
@@ -89,7 +90,7 @@ def hvp(
             wanted[1] and along_x is not None,
             False,
         )
-        more = _in_operands(g, common, also)
+        more = _in_operands(g, common, also, plan)
         return Operands(*map(_sum, found, more))
 
 
@@ -120,7 +121,7 @@ def stats_gradients(
         for at, part, some, _ in chunks(wide, plan, Operands(None, None, None)):
             given = [None if u is None else u[at] for u in flat]
             g = formulas.stats_gradient(logits(some), part, *given)
-            found = _in_operands(g, some, wanted)
+            found = _in_operands(g, some, wanted, part)
             in_rows.append(found.input)
             sums = Operands(None, _sum(sums.weight, found.weight), _sum(sums.bias, found.bias))
     in_x = torch.cat(in_rows).reshape(operands.input.shape) if wanted[0] else None
@@ -207,17 +208,17 @@ def _along(operands: Operands, vectors: Operands) -> Tensor:
     return found
 
 
-def _in_operands(g: Tensor, operands: Operands, wanted: tuple[bool, ...]) -> Operands:
+def _in_operands(g: Tensor, operands: Operands, wanted: tuple[bool, ...], plan: Plan) -> Operands:
     """G W, gᵀ x and Σ g, each in its operand's dtype, as far as they are `wanted`."""
     x, w, _ = operands
     like = x if x is not None else w
     rows = g.reshape(-1, g.shape[-1])
     in_x = in_w = in_b = None
     if wanted[0]:
-        in_x = (g @ _computed(w)).to(like.dtype)
+        in_x = _kept_features((g @ _computed(w)).to(like.dtype), plan)
     if wanted[1]:
-        features = _computed(x)
-        in_w = (rows.mT @ features.reshape(-1, features.shape[-1])).to(like.dtype)
+        features = _computed(x).reshape(rows.shape[0], x.shape[-1])
+        in_w = (rows.mT @ features).to(like.dtype)
     if wanted[2]:
         in_b = rows.sum(dim=0).to(like.dtype)
     return Operands(in_x, in_w, in_b)
