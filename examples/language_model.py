@@ -1,0 +1,258 @@
+"""A small GPT on Python's own source, trained with the logits held and with crossent's fused head.
+
+What a user changes is one line:
+
+    - loss = cross_entropy(linear(hidden, weight), target)
+    + loss = linear_cross_entropy(hidden, weight, target)
+
+Same start, same batches, same optimiser. A third run shows what such a comparison can show at all:
+PyTorch's functions once more, with each batch's sequences in reverse order. That step is the same
+on paper, and its sums round otherwise.
+
+    python examples/language_model.py --plot language-model.png
+
+docs/language-model.md explains what it shows. The text is the standard library of the Python that
+runs this; `tokenizers` learns the vocabulary from it; the plot needs matplotlib.
+
+Shapes: B sequences of T tokens, N = B·T rows of D features, V tokens in the vocabulary.
+
+Design:
+  a. The runs go through each batch in turn, not one after the other, so that whatever else the
+     machine does slows all of them alike; who begins changes from step to step.
+  b. The peak of memory is a process's own, so each head trains once more in a process of its own,
+     on tokens drawn at random: memory depends on the shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+try:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "rich"):
+        raise
+    raise SystemExit(
+        f"language_model.py needs {error.name}; pip install 'crossent[examples]'"
+    ) from None
+from torch import Tensor, nn
+from torch.nn import functional
+
+import crossent
+from crossent.torch import linear_cross_entropy
+
+
+def held_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return the loss the usual way, which holds the logits, (N, V)."""
+    return functional.cross_entropy(functional.linear(hidden, weight), target)
+
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+HEADS: dict[str, Head] = {"torch": held_logits, "crossent": linear_cross_entropy}
+REVERSED = "torch, reversed"
+WARM_UP = 3  # steps whose time does not count
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the model and its batches look like."""
+
+    vocabulary: int = 16384
+    width: int = 256
+    layers: int = 2
+    batch: int = 16
+    context: int = 128
+    seed: int = 0
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def library_source() -> list[str]:
+    """Return the files of the standard library, in sorted order; its package `test` is no part."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    return [
+        (folder / name).read_text("utf-8", errors="replace")
+        for name in names
+        if name.parts[0].removesuffix(".py") in sys.stdlib_module_names
+    ]
+
+
+def tokenise(texts: list[str], vocabulary: int) -> Tensor:
+    """Learn byte-level BPE tokens from the texts, and return these as one row of tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return torch.tensor([token for text in texts for token in tokenizer.encode(text).ids])
+
+
+def batches(tokens: Tensor, sizes: Sizes, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets, (B, T) each: pieces from anywhere, the same for the same seed."""
+    generator = torch.Generator().manual_seed(sizes.seed)
+    offsets = torch.arange(sizes.context)
+    for _ in range(steps):
+        begin = torch.randint(
+            len(tokens) - sizes.context, (sizes.batch, 1), generator=generator
+        )
+        yield tokens[begin + offsets], tokens[begin + offsets + 1]
+
+
+# Model --------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Causal self-attention and a layer of 4 D hidden units, each added to what came in."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.gather = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        parts = self.query_key_value(self.before_attention(x)).chunk(3, dim=-1)
+        parts = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        seen = functional.scaled_dot_product_attention(*parts, is_causal=True)  # (B, heads, T, ·)
+        x = x + self.gather(seen.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.before_mlp(x))
+
+
+class GPT(nn.Module):
+    """Tokens and learned positions through the blocks; the head's weights are the tokens' own."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        torch.manual_seed(sizes.seed)
+        heads = max(1, sizes.width // 64)
+        self.tokens = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.positions = nn.Embedding(sizes.context, sizes.width)
+        self.blocks = nn.Sequential(*(Block(sizes.width, heads) for _ in range(sizes.layers)))
+        self.norm = nn.LayerNorm(sizes.width)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)  # as GPT-2: the first loss is near log V
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, T)
+        """Return what the head takes, (N, D)."""
+        x = self.tokens(input) + self.positions.weight[: input.shape[1]]
+        return self.norm(self.blocks(x)).flatten(0, 1)
+
+
+class Run:
+    """One model, its optimiser, and what was recorded of it."""
+
+    def __init__(self, head: Head, sizes: Sizes) -> None:
+        self.head = head
+        self.model = GPT(sizes)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.losses: list[float] = []  # of each step
+        self.seconds: list[float] = []  # of each step
+        self.head_seconds: list[float] = []  # of them the head's, forward and backward
+
+    def step(self, input: Tensor, target: Tensor) -> None:
+        """Train on one batch."""
+        times = [perf_counter()]
+        self.optimiser.zero_grad()
+        hidden = self.model(input)
+        # the head's backward is over when the features have their gradient
+        hidden.register_hook(lambda grad: times.append(perf_counter()))
+        times.append(perf_counter())
+        loss = self.head(hidden, self.model.tokens.weight, target.flatten())
+        times.append(perf_counter())
+        loss.backward()
+        self.optimiser.step()
+        begin, head, backward, blocks = times
+        self.seconds.append(perf_counter() - begin)
+        self.head_seconds.append(blocks - head)
+        self.losses.append(loss.item())
+
+
+# Comparison ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """The runs by name, and bytes that each head's training takes."""
+
+    sizes: Sizes
+    runs: dict[str, Run]
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps that every run has taken."""
+        return len(self.runs["torch"].losses)
+
+    def difference(self, name: str) -> np.ndarray:
+        """Return |loss − torch's loss| / torch's loss of each step."""
+        losses = np.array(self.runs["torch"].losses)
+        return np.abs(self.runs[name].losses - losses) / losses
+
+    def seconds(self, name: str) -> tuple[float, float]:
+        """Return the median of a step's time and of its head's, without the warm-up."""
+        run, first = self.runs[name], min(WARM_UP, self.steps - 1)
+        return median(run.seconds[first:]), median(run.head_seconds[first:])
+
+
+def compare(tokens: Tensor, sizes: Sizes, steps: int) -> Comparison:
+    """Train all runs on the same batches."""
+    runs = {name: Run(head, sizes) for name, head in HEADS.items()}
+    runs[REVERSED] = Run(held_logits, sizes)
+    names = list(runs)
+    for step, (input, target) in enumerate(batches(tokens, sizes, steps)):
+        first = step % len(names)
+        for name in names[first:] + names[:first]:
+            if name == REVERSED:
+                runs[name].step(input.flip(0), target.flip(0))
+            else:
+                runs[name].step(input, target)
+    return Comparison(sizes, runs)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held so far (Linux)."""
+    status = Path("/proc/self/status").read_text("ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+def memory_taken(name: str, sizes: Sizes, steps: int = 3) -> int:
+    """Return by how much some steps raise this process's peak, the model being there already."""
+    tiny = replace(sizes, vocabulary=64, width=64, batch=1, context=8)
+    tokens = torch.randint(64, (10 * sizes.context,))
+    for first in (tiny, sizes):  # the tiny one brings what libraries load at their first use
+        run = Run(HEADS[name], first)
+        before = peak_bytes()
+        for input, target in batches(tokens, first, steps):
+            run.step(input, target)
+    return peak_bytes() - before
+
+
+def memory_in_a_process(name: str, sizes: Sizes, threads: int) -> int:
+    """Return `memory_taken`, measured by a Python of its own."""
+    given = [f"--{f.name}={getattr(sizes, f.name)}" for f in fields(sizes)]
+    command = [sys.executable, __file__, "--memory-of", name, *given, f"--threads={threads}"]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
