@@ -112,9 +112,7 @@ def batches(tokens: Tensor, sizes: Sizes, steps: int) -> Iterator[tuple[Tensor, 
     generator = torch.Generator().manual_seed(sizes.seed)
     offsets = torch.arange(sizes.context)
     for _ in range(steps):
-        begin = torch.randint(
-            len(tokens) - sizes.context, (sizes.batch, 1), generator=generator
-        )
+        begin = torch.randint(len(tokens) - sizes.context, (sizes.batch, 1), generator=generator)
         yield tokens[begin + offsets], tokens[begin + offsets + 1]
 
 
@@ -135,6 +133,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        """Return what the next block takes."""
         parts = self.query_key_value(self.before_attention(x)).chunk(3, dim=-1)
         parts = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         seen = functional.scaled_dot_product_attention(*parts, is_causal=True)  # (B, heads, T, ·)
@@ -182,10 +181,9 @@ class Run:
         hidden.register_hook(lambda grad: times.append(perf_counter()))
         times.append(perf_counter())
         loss = self.head(hidden, self.model.tokens.weight, target.flatten())
-        times.append(perf_counter())
         loss.backward()
         self.optimiser.step()
-        begin, head, backward, blocks = times
+        begin, head, blocks = times
         self.seconds.append(perf_counter() - begin)
         self.head_seconds.append(blocks - head)
         self.losses.append(loss.item())
@@ -256,3 +254,182 @@ def memory_in_a_process(name: str, sizes: Sizes, threads: int) -> int:
     given = [f"--{f.name}={getattr(sizes, f.name)}" for f in fields(sizes)]
     command = [sys.executable, __file__, "--memory-of", name, *given, f"--threads={threads}"]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+# Report -------------------------------------------------------------------------------------------
+
+
+def report(comparison: Comparison) -> None:
+    runs, steps, sizes = comparison.runs, comparison.steps, comparison.sizes
+    console = Console(highlight=False)
+    others = [name for name in runs if name != "torch"]
+
+    def table(title: str, rows: dict[str, dict[str, str]]) -> None:
+        found = Table(title=title, title_justify="left", title_style="bold", box=None)
+        found.add_column("")
+        for name in runs:
+            found.add_column(name, justify="right")
+        for row, cells in rows.items():
+            found.add_row(row, *(cells.get(name, "") for name in runs))
+        console.print(found, "")
+
+    last = min(10, steps)
+    table(
+        "loss, a token",
+        {
+            "first step": {name: f"{run.losses[0]:.7f}" for name, run in runs.items()},
+            f"mean of the last {last}": {
+                name: f"{np.mean(run.losses[-last:]):.7f}" for name, run in runs.items()
+            },
+        },
+    )
+    table(
+        "largest relative difference from torch's loss",
+        {
+            "first step" if first == 1 else f"first {first} steps": {
+                name: f"{comparison.difference(name)[:first].max():.1e}" for name in others
+            }
+            for first in sorted({1, 10, 20, steps})
+            if first <= steps
+        },
+    )
+    seconds = {name: comparison.seconds(name) for name in runs}
+    rows = sizes.batch * sizes.context
+    table(
+        "time and memory",
+        {
+            "a step, median": {name: f"{step * 1e3:.0f} ms" for name, (step, _) in seconds.items()},
+            "of it the head": {name: f"{head * 1e3:.0f} ms" for name, (_, head) in seconds.items()},
+            "tokens a second": {name: f"{rows / step:.0f}" for name, (step, _) in seconds.items()},
+            "memory training takes": {
+                name: f"{taken / 1e6:.0f} MB" for name, taken in comparison.memory.items()
+            },
+        },
+    )
+    console.print(
+        f"The logits are {rows} × {sizes.vocabulary}, "
+        f"{rows * sizes.vocabulary * 4 / 1e6:.0f} MB in float32."
+    )
+
+
+COLORS = {"torch": "#fb923c", "crossent": "#1d4ed8", REVERSED: "#9ca3af"}
+
+
+def plot(comparison: Comparison, path: str) -> None:
+    """Draw the losses over each other, how far they are from torch's, time and memory."""
+    from matplotlib.figure import Figure
+
+    runs, steps = comparison.runs, np.arange(1, comparison.steps + 1)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    grid = figure.subplot_mosaic("CCCTT\nDDDMM")
+    # crossent wide and below, so that both show where they agree
+    for name, width in (("crossent", 3.2), ("torch", 1.0)):
+        grid["C"].plot(steps, runs[name].losses, color=COLORS[name], linewidth=width, label=name)
+    grid["C"].set_title("training loss of each step, a token", fontsize=10, loc="left")
+    labels = {REVERSED: "torch, sequences of each batch in reverse order", "crossent": "crossent"}
+    for name, label in labels.items():
+        difference = comparison.difference(name)
+        there = difference > 0
+        grid["D"].plot(
+            steps[there], difference[there], ".", color=COLORS[name], markersize=5, label=label
+        )
+    losses = np.array(runs["torch"].losses)
+    ulp = np.spacing(losses.astype(np.float32)) / losses
+    grid["D"].plot(steps, ulp, color="black", linewidth=0.8, label="one ulp of float32")
+    grid["D"].set_yscale("log")
+    grid["D"].set_title(
+        "relative difference from torch's loss (no dot: none)", fontsize=10, loc="left"
+    )
+    for panel in ("C", "D"):
+        grid[panel].set_xlabel("step")
+        grid[panel].legend(frameon=False, fontsize=9)
+        grid[panel].grid(alpha=0.25)
+
+    names = list(HEADS)[::-1]  # the first one on top
+    seconds = np.array([comparison.seconds(name) for name in names])  # step, head
+    colors = [COLORS[name] for name in names]
+    bars = grid["T"].barh(names, seconds[:, 1], color=colors, height=0.55)
+    grid["T"].bar_label(
+        bars, [f"head {s:.2f} s" for s in seconds[:, 1]], label_type="center", color="white"
+    )
+    rest = seconds[:, 0] - seconds[:, 1]
+    bars = grid["T"].barh(names, rest, left=seconds[:, 1], color=colors, height=0.55, alpha=0.35)
+    grid["T"].bar_label(bars, [f"rest {s:.2f} s" for s in rest], label_type="center")
+    grid["T"].set_title("time of a step, median", fontsize=10, loc="left")
+    megabytes = [comparison.memory[name] / 1e6 for name in names]
+    bars = grid["M"].barh(names, megabytes, color=colors, height=0.55)
+    grid["M"].bar_label(
+        bars, [f"{m:.0f} MB" for m in megabytes], label_type="center", color="white"
+    )
+    grid["M"].set_title("memory that training takes", fontsize=10, loc="left")
+    for panel, unit in (("T", "seconds"), ("M", "MB")):
+        grid[panel].set_xlabel(unit)
+        grid[panel].grid(axis="x", alpha=0.25)
+        grid[panel].set_axisbelow(True)
+        grid[panel].tick_params(axis="y", length=0)
+    for axes in grid.values():
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        found = int(text)
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{found} is less than {least}")
+        return found
+
+    return number
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="One line changed: a small GPT on Python's source."
+    )
+    parser.add_argument("--steps", type=at_least(1), default=80)
+    for part in fields(Sizes):
+        least = {"vocabulary": 256, "seed": 0}.get(part.name, 1)
+        parser.add_argument(f"--{part.name}", type=at_least(least), default=part.default)
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--plot", metavar="PATH", help="where to write the figure (.png or .svg)")
+    parser.add_argument("--memory-of", choices=HEADS, help=argparse.SUPPRESS)  # for ourselves
+    args = parser.parse_args(argv)
+    sizes = Sizes(**{part.name: getattr(args, part.name) for part in fields(Sizes)})
+    if sizes.width > 64 and sizes.width % (sizes.width // 64):
+        parser.error(f"--width {sizes.width} does not divide into {sizes.width // 64} heads")
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(args.threads)
+    crossent.set_num_threads(args.threads)
+    if args.memory_of:
+        print(memory_taken(args.memory_of, sizes))
+        return
+    wanted = {"tokenizers": "the text", "matplotlib": "--plot"}
+    for package, what in wanted.items():
+        if (package == "tokenizers" or args.plot) and not importlib.util.find_spec(package):
+            parser.error(f"{what} needs {package}; pip install 'crossent[examples]'")
+    if args.plot and not Path(args.plot).parent.is_dir():
+        parser.error(f"--plot: there is no folder {Path(args.plot).parent}")
+
+    texts = library_source()
+    tokens = tokenise(texts, sizes.vocabulary)
+    if len(tokens) <= sizes.context:
+        parser.error(f"--context {sizes.context}: the text has {len(tokens)} tokens")
+    run = Run(held_logits, sizes)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    del run
+    Console(highlight=False).print(
+        f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} million characters, "
+        f"{len(tokens) / 1e6:.2f} million tokens; {parameters / 1e6:.2f} million parameters; "
+        f"{args.steps} steps; Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
+        f"{args.threads} threads\n"
+    )
+    comparison = compare(tokens, sizes, args.steps)
+    for name in HEADS:
+        comparison.memory[name] = memory_in_a_process(name, sizes, args.threads)
+    report(comparison)
+    if args.plot:
+        plot(comparison, args.plot)
+
+
+if __name__ == "__main__":
+    main()
