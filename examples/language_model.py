@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -348,19 +349,17 @@ def plot(comparison: Comparison, path: str) -> None:
     names = list(HEADS)[::-1]  # the first one on top
     seconds = np.array([comparison.seconds(name) for name in names])  # step, head
     colors = [COLORS[name] for name in names]
-    bars = grid["T"].barh(names, seconds[:, 1], color=colors, height=0.55)
-    grid["T"].bar_label(
-        bars, [f"head {s:.2f} s" for s in seconds[:, 1]], label_type="center", color="white"
-    )
     rest = seconds[:, 0] - seconds[:, 1]
-    bars = grid["T"].barh(names, rest, left=seconds[:, 1], color=colors, height=0.55, alpha=0.35)
-    grid["T"].bar_label(bars, [f"rest {s:.2f} s" for s in rest], label_type="center")
-    grid["T"].set_title("time of a step, median", fontsize=10, loc="left")
     megabytes = [comparison.memory[name] / 1e6 for name in names]
-    bars = grid["M"].barh(names, megabytes, color=colors, height=0.55)
-    grid["M"].bar_label(
-        bars, [f"{m:.0f} MB" for m in megabytes], label_type="center", color="white"
-    )
+
+    def bars(panel: str, lengths: Any, left: Any, alpha: float, label: str) -> None:
+        drawn = grid[panel].barh(names, lengths, 0.55, left, color=colors, alpha=alpha)
+        grid[panel].bar_label(drawn, fmt=label, label_type="center", fontsize=9)
+
+    bars("T", seconds[:, 1], 0, 0.6, "head %.2f s")
+    bars("T", rest, seconds[:, 1], 0.2, "rest %.2f s")
+    bars("M", megabytes, 0, 0.6, "%.0f MB")
+    grid["T"].set_title("time of a step, median", fontsize=10, loc="left")
     grid["M"].set_title("memory that training takes", fontsize=10, loc="left")
     for panel, unit in (("T", "seconds"), ("M", "MB")):
         grid[panel].set_xlabel(unit)
