@@ -44,10 +44,11 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
-    if error.name not in ("torch", "rich"):
+    package = str(error.name).partition(".")[0]
+    if package not in ("torch", "rich"):
         raise
     raise SystemExit(
-        f"language_model.py needs {error.name}; pip install 'crossent[examples]'"
+        f"language_model.py needs {package}; pip install 'crossent[examples]'"
     ) from None
 from torch import Tensor, nn
 from torch.nn import functional
