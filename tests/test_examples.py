@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import math
 import re
 import struct
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+import crossent
 from crossent import cross_entropy, cross_entropy_value_and_grad
 
 ROOT = Path(__file__).parents[1]
@@ -247,4 +249,172 @@ def test_cnn_says_what_is_wrong_before_it_trains(cnn, tmp_path, capsys, monkeypa
 def test_cnn_says_that_it_needs_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="needs PyTorch"), example("fashion_cnn"):
+        pass
+
+
+# A language model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("rich")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads(), crossent.get_num_threads()
+    with example("language_model") as module:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        yield module
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads[0])
+    crossent.set_num_threads(threads[1])
+
+
+@pytest.fixture(scope="module")
+def small(lm):
+    return lm.Sizes(vocabulary=300, width=32, layers=1, batch=4, context=16)
+
+
+@pytest.fixture(scope="module")
+def counting(lm):
+    """A text that counts from 0 to 299, again and again."""
+    import torch
+
+    return torch.arange(3000) % 300
+
+
+@pytest.fixture(scope="module")
+def lm_comparison(lm, small, counting):
+    return lm.compare(counting, small, steps=30)
+
+
+def test_lm_losses_agree_to_rounding_at_the_same_weights(lm, small, lm_comparison):
+    """A logit carries D roundings of at most |x|·|w|, a row V + 4 more, a batch's mean N."""
+    logit = small.width * 6 * 0.1  # |x| < 6 after the norm, |w| < 5 · 0.02
+    roundings = small.vocabulary + 4 + small.batch * small.context
+    first = lm_comparison.runs["torch"].losses[0]
+    eps = np.finfo(np.float32).eps
+    bound = (2 * small.width * logit + roundings * (1 + first)) * eps / first
+    for name in ("crossent", lm.REVERSED):
+        assert lm_comparison.difference(name)[0] <= bound
+
+
+def test_lm_curves_stay_together(lm_comparison):
+    losses = {name: run.losses for name, run in lm_comparison.runs.items()}
+    assert [len(curve) for curve in losses.values()] == [30, 30, 30]
+    assert losses["crossent"][0] == pytest.approx(math.log(300), rel=0.02)
+    assert losses["crossent"][-1] < losses["crossent"][0] - 0.1
+    assert lm_comparison.difference("crossent").max() < 1e-5
+
+
+def test_lm_run_is_reproducible(lm, small, counting, lm_comparison):
+    again = lm.compare(counting, small, steps=30)
+    for name, run in lm_comparison.runs.items():
+        assert run.losses == again.runs[name].losses
+
+
+def test_lm_runs_start_alike_and_tie_the_head_to_the_tokens(lm, small, counting):
+    runs = [lm.Run(head, small) for head in lm.HEADS.values()]
+    for (name, a), (_, b) in zip(*(run.model.named_parameters() for run in runs), strict=True):
+        assert a.equal(b), name
+    for run in runs:
+        for input, target in lm.batches(counting, small, 1):
+            run.step(input, target)
+    # a token that is no input has the head's gradient all the same
+    absent = next(token for token in range(300) if token not in input)
+    assert all(run.model.tokens.weight.grad[absent].abs().sum() > 0 for run in runs)
+
+
+def test_lm_sees_no_later_token(lm, small, counting):
+    import torch
+
+    model = lm.GPT(small)
+    ((input, _),) = lm.batches(counting, small, 1)
+    changed = input.clone()
+    changed[:, 9] = (input[:, 9] + 1) % 300
+    with torch.no_grad():
+        before, after = (model(x).unflatten(0, input.shape) for x in (input, changed))
+    assert before[:, :9].equal(after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+
+
+def test_lm_targets_are_the_next_tokens(lm, small, counting):
+    for input, target in lm.batches(counting, small, 3):
+        assert input.shape == target.shape == (4, 16)
+        assert target.equal((input + 1) % 300)
+
+
+def test_lm_text_is_the_standard_library(lm):
+    texts = lm.library_source()
+    assert texts == lm.library_source()
+    assert Path(json.__file__).read_text("utf-8") in texts
+    assert Path(pytest.__file__).read_text("utf-8") not in texts
+
+
+def test_lm_tokens_are_learnt_from_the_text(lm):
+    pytest.importorskip("tokenizers")
+    texts = [Path(json.__file__).read_text("utf-8"), "caf\u00e9 \u2603"]
+    tokens = lm.tokenise(texts, 400)
+    assert tokens.equal(lm.tokenise(texts, 400))
+    assert tokens.min() >= 0
+    assert 256 <= tokens.max() < 400
+    assert len(tokens) < len("".join(texts))  # bytes alone would be more
+
+
+def test_lm_memory_of_held_logits_is_more(lm):
+    """8192 × 4096 logits: 134 MB, which PyTorch holds more than once; here a workspace of that."""
+    sizes = lm.Sizes(vocabulary=8192, width=32, layers=1, batch=32, context=128)
+    taken = {name: lm.memory_in_a_process(name, sizes, threads=1) for name in lm.HEADS}
+    assert taken["torch"] > taken["crossent"] + 8192 * 4096 * 4
+
+
+def test_lm_command_line(lm, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(lm, "library_source", lambda: [Path(json.__file__).read_text("utf-8")])
+    figure = tmp_path / "figure.svg"
+    given = "--steps 4 --vocabulary 400 --width 16 --layers 1 --batch 2 --context 8 --threads 1"
+    lm.main([*given.split(), "--plot", str(figure)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 files, 0.0 million characters, ")
+    for title in ("first step", "first 4 steps", "a step, median", "memory training takes"):
+        assert any(line.startswith(f" {title} ") for line in lines)
+    assert "training loss of each step" in figure.read_text(encoding="utf-8")
+
+
+def test_lm_says_what_is_wrong_before_it_trains(lm, tmp_path, capsys, monkeypatch):
+    for given, text in (
+        (["--steps", "0"], "less than 1"),
+        (["--vocabulary", "255"], "less than 256"),
+        (["--width", "200"], "does not divide into 3 heads"),
+        (["--plot", f"{tmp_path}/a/b"], "no f"),
+    ):
+        with pytest.raises(SystemExit):
+            lm.main(given)
+        assert text in capsys.readouterr().err
+    monkeypatch.setattr(lm, "library_source", lambda: ["a"])
+    if importlib.util.find_spec("tokenizers"):
+        with pytest.raises(SystemExit):
+            lm.main([])
+        assert "the text has 1 tokens" in capsys.readouterr().err
+    for package in ("tokenizers", "matplotlib"):
+        with monkeypatch.context() as absent:
+            absent.setitem(sys.modules, package, None)
+            with pytest.raises(SystemExit):
+                lm.main(["--plot", "figure.png"])
+        assert "pip install 'crossent[examples]'" in capsys.readouterr().err
+
+
+def test_lm_changes_one_line():
+    page = (ROOT / "docs" / "language-model.md").read_text(encoding="utf-8")
+    assert "- loss = cross_entropy(linear(hidden, weight), target)\n" in page
+    assert "+ loss = linear_cross_entropy(hidden, weight, target)\n" in page
+
+
+@pytest.mark.parametrize("package", ["torch", "rich"])
+def test_lm_says_what_it_needs(monkeypatch, package):
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"needs {package}"), example("language_model"):
         pass
