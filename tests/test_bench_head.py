@@ -101,7 +101,7 @@ def test_a_quick_run_writes_its_folder(run, tmp_path):
     page = (folder / "head.md").read_text()
     assert "### loss+gradient of 4×16×32768, float32: a 32k vocabulary" in page
     assert "|  | time | spread | over the products | memory | err. loss | err. dW |" in page
-    assert "GFLOP/s of a square product: NumPy " in page
+    assert "GFLOP/s of a product of square matrices: NumPy " in page
 
 
 def test_without_torch_there_is_crossent_from_numpy(run, monkeypatch, tmp_path):
@@ -400,6 +400,16 @@ def test_a_child_that_fails_says_so():
     assert found == (None, "failed: CalledProcessError")
 
 
+def test_why_memory_is_not_known_is_kept(monkeypatch):
+    answers = {"crossent": (None, "failed: TimeoutExpired"), "crossent-torch": (2**19, "by hand")}
+    monkeypatch.setattr(memory, "in_a_process", lambda name, given, shape: answers[name])
+    ours = (timed(name, "crossent", 1.0) for name in answers)
+    times = (*ours, timed("product-numpy", "copy", 1.0, "kept"))
+    group = HEAD.kinds.group(SMALL, problem(), Found(times, {}, [], lambda text: None))
+    assert group.memory_how == "crossent failed: TimeoutExpired; by hand"
+    assert [group.extra(each)[0] for each in group.times] == ["–", "< 1 MB", "–"]
+
+
 def test_where_the_peak_cannot_be_reset_the_largest_so_far_is_taken(monkeypatch):
     monkeypatch.setattr(memory, "_reset_peak", lambda: False)
     taken, how = memory.measured("crossent", "loss", "float32", SMALL, 1)
@@ -460,6 +470,7 @@ def a_report(*groups):
 
 def test_the_tables_by_hand():
     page = show.markdown(a_report(a_group()))
+    assert "| task | dtype | N×D×V | best peer | torch | products | read of x | NumPy / " in page
     of_torch, of_numpy = (
         "0.50 (torch-chunked's) | 0.25 | 1.25 | 2.50",
         "0.60 (torch-chunked's) | 1.50",
@@ -469,7 +480,7 @@ def test_the_tables_by_hand():
     assert "| **crossent-torch's** | 5000 ms | ± 0 % | 1.25 | 1 MB | 1.0e-08 | 2.5e-07 |" in page
     assert "| torch | 20000 ms | ± 0 % | 5.00 | – | – | – |" in page
     assert "the gradients, 5 MB, among it. Errors on 4×3×10. " in page
-    assert "GFLOP/s of a square product: NumPy 50.0." in page
+    assert "GFLOP/s of a product of square matrices: NumPy 50.0." in page
     block = show.block(a_group(), HEAD.words)
     assert re.search(r"memory +err\. loss +err\. dW$", block.splitlines()[1])
     assert re.search(r"crossent-torch's .* 1\.25 × +1 MB +1\.0e-08 +2\.5e-07$", block, re.M)

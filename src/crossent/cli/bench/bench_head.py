@@ -25,8 +25,7 @@ WORDS = Words(
     axis="products",
     axis_text="the products of matrices that it takes, at the best rate of any library",
     title="The last layer with its loss and gradients",
-    caption="Gradients are new. The products are those that cannot be done without, at "
-    "the best float32 rate of NumPy, PyTorch and oneDNN.",
+    caption="Gradients are new. Products: what nobody can do without, in float32.",
     packages=("numpy", "torch", "jax"),
     ratios="The first columns are of `crossent.torch.linear_cross_entropy`; those named NumPy, and "
     "float32, of `crossent.linear_cross_entropy_value_and_grad`.",
@@ -40,6 +39,7 @@ WORDS = Words(
     "difference to plain formulas in float64 over the norm of what those give, for fewer rows and "
     f"classes where there are many. {memory.METHOD}",
     leader=LEADER,
+    sizes="N×D×V",
     mark=("read", "one read of x"),
 )
 # a sum of products has more rounding than a row of logits

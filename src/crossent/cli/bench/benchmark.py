@@ -59,6 +59,8 @@ class Words:
         What one call is, after what is said of timing in general.
     leader : str
         Which of ours the picture holds against the best peer.
+    sizes : str
+        What the sizes in the summary are of.
     mark : tuple of str
         What else the picture marks, as `base`, and what its legend calls it.
     """
@@ -76,6 +78,7 @@ class Words:
     times: str
     method: str = ""
     leader: str = "crossent"
+    sizes: str = "logits"
     mark: tuple[str, str] = ("fastest copy", "fastest copy")
 
     @property

@@ -76,19 +76,21 @@ class HeadGroup(Group):
         taken, errors = self.memory.get(timed.name), self.errors.get(timed.name, {})
         found = (errors.get(_ERRORS[name]) for name in ("loss", *self.wrt))
         return (
-            "–" if taken is None else f"{taken / 2**20:.0f} MB",
+            "–" if taken is None else _megabytes(taken),
             *("–" if error is None else f"{error:.1e}" for error in found),
         )
 
     def note(self) -> str:
         """Return what the figures are of."""
-        gradients = f"the gradients, {self.outputs / 2**20:.0f} MB, among it"
+        gradients = f", the gradients, {_megabytes(self.outputs)}, among it" if self.outputs else ""
+        memory = f"Memory beside the inputs{gradients}. " if self.memory else ""
         rates = ", ".join(f"{title} {rate / 1e9:.1f}" for title, rate in self.rates.items())
         sizes = "×".join(map(str, self.errors_of))
-        return (
-            f"Memory beside the inputs{', ' + gradients if self.outputs else ''}. Errors on "
-            f"{sizes}. GFLOP/s of a square product: {rates}."
-        )
+        return f"{memory}Errors on {sizes}. GFLOP/s of a product of square matrices: {rates}."
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 2**20:.0f} MB" if n >= 2**20 else "< 1 MB"
 
 
 def _need(shape: HeadShape, dtype: str) -> float:
@@ -107,11 +109,12 @@ def _group(shape: HeadShape, problem: HeadProblem, found: Found[HeadProblem]) ->
     times, rates = held_against(problem, found.times)
     timed = [each.name for each in times if each.kind in ("crossent", "peer")]
     taken: dict[str, int | None] = {}
-    how = "not asked for"
+    how: dict[str, None] = {} if found.memory else {"not asked for": None}
     if found.memory:
         for name in timed:
             found.tell(f"memory of {name}: {problem.text}")
-            taken[name], how = memory.in_a_process(name, problem, shape)
+            taken[name], by = memory.in_a_process(name, problem, shape)
+            how[by if taken[name] is not None else f"{name} {by}"] = None
     found.tell(f"errors: {problem.text}")
     few = shape.affordable()
     small = head_problems(few, problem.dtype, problem.threads)(problem.task)
@@ -132,7 +135,7 @@ def _group(shape: HeadShape, problem: HeadProblem, found: Found[HeadProblem]) ->
         operations=problem.operations,
         rates=rates,
         memory=taken,
-        memory_how=how,
+        memory_how="; ".join(how),
         outputs=sum(outputs[name].nbytes for name in problem.wrt),
         errors=_errors(small, [peer for peer in found.peers if peer.name in timed]),
         errors_of=(rows, shape.features, classes),

@@ -89,7 +89,7 @@ def markdown(report: Report) -> str:
 
 
 def _summary_heads(words: Words) -> tuple[str, ...]:
-    return ("task", "dtype", "logits", *(column.head for column in words.columns), "float32")
+    return ("task", "dtype", words.sizes, *(column.head for column in words.columns), "float32")
 
 
 def _summary_lines(report: Report) -> list[tuple[str, ...]]:
