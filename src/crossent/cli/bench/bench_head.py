@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from crossent.cli.bench import memory
 from crossent.cli.bench.benchmark import Benchmark, Column, Words
-from crossent.cli.bench.head_peers import head_peers, our_heads
 from crossent.cli.bench.head_results import HEAD_KINDS
+from crossent.cli.bench.peers_frameworks_head import head_peers, our_heads
 from crossent.cli.bench.yardsticks import yardsticks
 
 LEADER = "crossent-torch"

@@ -8,7 +8,6 @@ import numpy as np
 
 from crossent.cli.bench import memory
 from crossent.cli.bench.benchmark import Found, Kinds
-from crossent.cli.bench.head_peers import our_heads
 from crossent.cli.bench.head_problem import (
     HEADS,
     HeadProblem,
@@ -17,6 +16,7 @@ from crossent.cli.bench.head_problem import (
     head_problems,
 )
 from crossent.cli.bench.peers import Arrays, Contender, Peer
+from crossent.cli.bench.peers_frameworks_head import our_heads
 from crossent.cli.bench.results import Group, Timed
 from crossent.cli.bench.shapes import MAIN
 from crossent.cli.bench.yardsticks import held_against

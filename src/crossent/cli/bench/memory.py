@@ -21,9 +21,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from crossent.cli.bench.head_peers import head_peers, our_heads
 from crossent.cli.bench.head_problem import HeadProblem, HeadShape, head_problems
 from crossent.cli.bench.peers import Contender, Task
+from crossent.cli.bench.peers_frameworks_head import head_peers, our_heads
 
 METHOD = (
     "Memory is what one call adds to the resident set at its peak, its result included, in a "

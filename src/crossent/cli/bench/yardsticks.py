@@ -7,7 +7,6 @@ reaches among the contenders of the same problem; its products then take `operat
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from crossent.cli.bench.benchmark import Copies
 from crossent.cli.bench.head_problem import HeadProblem
 from crossent.cli.bench.peers import Contender
+from crossent.cli.bench.peers_frameworks_head import torch_products
 from crossent.cli.bench.results import Timed
 from crossent.cli.bench.timing import Call, Timing
 
@@ -33,28 +33,11 @@ def yardsticks(problem: HeadProblem) -> Copies:
     if importlib.util.find_spec("torch") is not None:
         found |= {
             f"product-{name}": (title, Contender("kept", call))
-            for name, title, call in _torch_products(a, b, problem.threads)
+            for name, title, call in torch_products(a, b, problem.threads)
         }
     if problem.x.nbytes >= _MEMORY_BOUND and problem.frozen:
         title = "one read of x, all threads"
         found["read"] = (title, Contender("kept", reader(problem.x, problem.threads)))
-    return found
-
-
-def _torch_products(
-    a: NDArray[Any], b: NDArray[Any], threads: int
-) -> list[tuple[str, str, Callable[[], Any]]]:
-    import torch
-
-    torch.set_num_threads(threads)
-    p, q = torch.from_numpy(a), torch.from_numpy(b)
-    found: list[tuple[str, str, Callable[[], Any]]] = [("torch", "torch.mm", lambda: p @ q)]
-    if torch.backends.mkldnn.is_available():
-
-        def linear() -> Any:
-            return torch.ops.mkldnn._linear_pointwise(p, q, None, "none", [], "")
-
-        found.append(("mkldnn", "torch, oneDNN's linear", linear))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import crossent
 from crossent.cli.bench.head_problem import HeadProblem
@@ -194,3 +195,21 @@ class JittedHead(OnJAX):
 def _flat(result: Any) -> Arrays:
     loss, grads = result
     return as_arrays((loss, *grads))
+
+
+def torch_products(
+    a: NDArray[Any], b: NDArray[Any], threads: int
+) -> list[tuple[str, str, Callable[[], Any]]]:
+    """Return PyTorch's ways to multiply two matrices: name, title and call of each."""
+    import torch
+
+    torch.set_num_threads(threads)
+    p, q = torch.from_numpy(a), torch.from_numpy(b)
+    found: list[tuple[str, str, Callable[[], Any]]] = [("torch", "torch.mm", lambda: p @ q)]
+    if torch.backends.mkldnn.is_available():
+
+        def linear() -> Any:
+            return torch.ops.mkldnn._linear_pointwise(p, q, None, "none", [], "")
+
+        found.append(("mkldnn", "torch, oneDNN's linear", linear))
+    return found
