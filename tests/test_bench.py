@@ -22,9 +22,10 @@ pytest.importorskip("typer")
 import crossent
 from crossent import _native, cli
 from crossent.cli.bench import contest, machine, peers, timing
+from crossent.cli.bench.bench_head import HEAD
 from crossent.cli.bench.bench_rows import ROWS
 from crossent.cli.bench.bench_torch_rows import TORCH_ROWS
-from crossent.cli.bench.run import output_like
+from crossent.cli.bench.inputs import output_like
 from crossent.cli.bench.shapes import SHAPES, chosen
 from crossent.cli.errors import InputError
 
@@ -163,9 +164,12 @@ def test_bench_alone_lists_what_there_is(monkeypatch, capsys):
     assert (exit.value.code, err) == (0, "")
     assert re.search(r"^\s*rows +Loss and gradient", out, re.M)
     assert re.search(r"^\s*torch-rows +Loss and backward pass", out, re.M)
+    assert re.search(r"^\s*head +Last layer, loss and gradients", out, re.M)
 
 
-@pytest.mark.parametrize(("benchmark", "tasks"), [(ROWS, peers.TASKS), (TORCH_ROWS, ())])
+@pytest.mark.parametrize(
+    ("benchmark", "tasks"), [(ROWS, peers.TASKS), (TORCH_ROWS, ()), (HEAD, HEAD.kinds.tasks)]
+)
 def test_help_names_every_choice(run, benchmark, tasks):
     _, out, _ = run("--help", benchmark=benchmark.words.name)
     text = "".join(out.replace("│", " ").split())

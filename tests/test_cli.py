@@ -298,7 +298,9 @@ def test_help_and_version(run):
     assert "--test-size" in run("train", "--help")[1]
 
 
-@pytest.mark.parametrize("command", ["'train'", "'bench', 'rows'", "'bench', 'torch-rows'"])
+@pytest.mark.parametrize(
+    "command", ["'train'", "'bench', 'rows'", "'bench', 'torch-rows'", "'bench', 'head'"]
+)
 def test_help_loads_no_heavy_module(command):
     code = (
         f"import sys; sys.argv = ['crossent', {command}, '--help']\n"

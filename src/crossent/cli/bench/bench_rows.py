@@ -7,6 +7,7 @@ import numpy as np
 import crossent
 from crossent import _native
 from crossent.cli.bench.benchmark import Benchmark, Column, Copies, Words
+from crossent.cli.bench.inputs import row_kinds
 from crossent.cli.bench.peers import Contender, Output, Problem, Task, all_peers
 from crossent.cli.bench.timing import Call
 
@@ -67,4 +68,4 @@ WORDS = Words(
     "that exists, as for the other copies.",
     times="the last column is over the fastest copy into an array that exists.",
 )
-ROWS = Benchmark(WORDS, all_peers, ours, copies)
+ROWS = Benchmark(WORDS, row_kinds(held=7), all_peers, ours, copies)

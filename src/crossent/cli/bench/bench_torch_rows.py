@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crossent.cli.bench.benchmark import Benchmark, Column, Words
+from crossent.cli.bench.inputs import row_kinds
 from crossent.cli.bench.peers_frameworks_steps import our_step, step_peers
 from crossent.cli.bench.shapes import MAIN
 
@@ -31,4 +32,4 @@ WORDS = Words(
     "same memory.",
 )
 # at once: logits, an output, every contender's last gradient, and two arrays of torch's, eager
-TORCH_ROWS = Benchmark(WORDS, step_peers, our_step, held=8, needs=("torch",), tasks=MAIN)
+TORCH_ROWS = Benchmark(WORDS, row_kinds(held=8), step_peers, our_step, needs=("torch",), tasks=MAIN)

@@ -101,7 +101,39 @@ def torch_rows(
     _run(TORCH_ROWS, threads, repeats, seconds, shapes, dtypes, None, peers, output, force, quick)
 
 
-def _run(benchmark: "Benchmark", *given: Any) -> None:
+@app.command()
+def head(
+    threads: _Threads = None,
+    seconds: _Seconds = 0.5,
+    repeats: _Repeats = None,
+    shapes: _Shapes = None,
+    dtypes: _Dtypes = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="loss+gradient, loss (if not given, as suits a shape)."),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="crossent-torch, torch, torch-compile, torch-linear, torch-chunked, jax (all "
+            "installed ones if not given); crossent from NumPy is always in."
+        ),
+    ] = None,
+    output: _Output = None,
+    force: _Force = False,
+    quick: _Quick = False,
+    memory: Annotated[
+        bool, typer.Option(help="Measure the memory of each contender, in processes of their own.")
+    ] = True,
+) -> None:
+    """Last layer, loss and gradients in one, against peers and products; writes a new folder."""
+    from crossent.cli.bench.bench_head import HEAD
+
+    given = (threads, repeats, seconds, shapes, dtypes, tasks, peers, output, force, quick, memory)
+    _run(HEAD, *given)
+
+
+def _run(benchmark: "Benchmark[Any]", *given: Any) -> None:
     from rich.console import Console
 
     from crossent.cli.bench.run import Settings, run

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crossent.cli.bench.benchmark import Benchmark
-from crossent.cli.bench.peers import Arrays, Contender, Peer, Problem, Unserved
+from crossent.cli.bench.peers import Arrays, Contender, P, Peer, Question, Unserved
 from crossent.cli.bench.results import Kind, Timed
 from crossent.cli.bench.timing import Effort, interleaved
 from crossent.cli.errors import first_line
-
-_ROWS = 64  # at most, of those that are compared
 
 # relative to each entry, and to the largest one: peers subtract from 1 and sum in the dtype
 _TOLERANCE = {
@@ -27,9 +23,9 @@ _TOLERANCE = {
 
 
 def contest(
-    benchmark: Benchmark,
-    problem: Problem,
-    peers: list[Peer],
+    benchmark: Benchmark[P],
+    problem: P,
+    peers: list[Peer[P]],
     effort: Effort,
     tell: Callable[[str], object],
 ) -> tuple[tuple[Timed, ...], dict[str, str]]:
@@ -38,7 +34,7 @@ def contest(
     Parameters
     ----------
     benchmark : Benchmark
-    problem : Problem
+    problem
     peers : list of Peer
         All installed.
     effort : Effort
@@ -51,12 +47,12 @@ def contest(
     expected = _sampled(problem, next(iter(entered.values()))[2])
     skipped: dict[str, str] = {}
     for peer in peers:
-        tell(f"preparing {peer.title}: {_text(problem)}")
+        tell(f"preparing {peer.title}: {problem.text}")
         try:
             peer.prepare(problem.threads)
             contenders = peer.contenders(problem)
             for contender in contenders:
-                _compare(_sampled(problem, contender), expected, problem)
+                _compare(_sampled(problem, contender), expected, problem, benchmark.slack)
         except Unserved as why:
             skipped[peer.name] = str(why)
         except Exception as error:  # whatever a peer, or the compiler it needs, may raise
@@ -68,7 +64,7 @@ def contest(
     for name, (title, contender) in benchmark.copies(problem).items():
         entered[name, contender.output] = (title, "copy", contender)
         contender.call()
-    tell(f"timing {_text(problem)}")
+    tell(f"timing {problem.text}")
     gc.collect()
     timings = interleaved({key: entry[2].call for key, entry in entered.items()}, effort)
     times = tuple(
@@ -78,28 +74,16 @@ def contest(
     return times, skipped
 
 
-def _sampled(problem: Problem, contender: Contender) -> Arrays:
-    """Return a contender's result: single numbers, and of large arrays some of the rows."""
-    return tuple(_some_rows(part, problem) for part in contender.read(contender.call()))
+def _sampled(problem: Question, contender: Contender) -> Arrays:
+    """Return what is compared of a contender's result."""
+    return tuple(problem.sample(part) for part in contender.read(contender.call()))
 
 
-def _some_rows(array: NDArray[Any], problem: Problem) -> NDArray[Any]:
-    if array.shape != problem.logits.shape:
-        return np.array(array, np.float64)
-    rows = np.moveaxis(array, problem.axis, -1)
-    index = np.linspace(0, problem.target.size - 1, _ROWS).round().astype(np.int64)
-    return rows[np.unravel_index(index, problem.target.shape)].astype(np.float64)
-
-
-def _compare(found: Arrays, expected: Arrays, problem: Problem) -> None:
+def _compare(found: Arrays, expected: Arrays, problem: Question, slack: float) -> None:
     """Raise an `ArithmeticError` where a peer's result is not crossent's."""
-    relative, absolute = _TOLERANCE[problem.logits.dtype.name]
+    relative, absolute = _TOLERANCE[problem.dtype]
     for part, right in zip(found, expected, strict=True):
         error = np.abs(part - right) - relative * np.abs(right)
         worst = float(error.max() / np.abs(right).max())
-        if not worst <= absolute:
+        if not worst <= absolute * slack:
             raise ArithmeticError(f"its result is not crossent's (off by {worst:.1e})")
-
-
-def _text(problem: Problem) -> str:
-    return f"{problem.task} of {problem.logits.dtype.name} {problem.logits.shape}"

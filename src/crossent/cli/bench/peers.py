@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,34 @@ Task = Literal["loss+gradient", "loss", "softmax", "log_softmax", "stats"]
 Output = Literal["fresh", "kept", "none"]
 Arrays = tuple[NDArray[Any], ...]
 TASKS: tuple[Task, ...] = ("loss+gradient", "loss", "softmax", "log_softmax", "stats")
+SAMPLED = 64  # rows at most, of those of a large array that are compared
 
 
 class Unserved(Exception):  # noqa: N818  (an answer, not an error)
     """A peer has nothing for this problem; the text says why."""
+
+
+class Question(Protocol):
+    """What the timing of any problem needs to know of it."""
+
+    @property
+    def task(self) -> Task:
+        """As in `Problem`."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype."""
+
+    @property
+    def threads(self) -> int:
+        """As in `Problem`."""
+
+    @property
+    def text(self) -> str:
+        """What is computed, in words."""
+
+    def sample(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return in float64 what is compared of an array that a contender returned."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +79,28 @@ class Problem:
         """Return the targets with an axis of length 1 for the classes."""
         return np.expand_dims(self.target, self.axis)
 
+    @property
+    def dtype(self) -> str:
+        """Return the name of the logits' dtype."""
+        return self.logits.dtype.name
+
+    @property
+    def text(self) -> str:
+        """Return what is computed, in words."""
+        return f"{self.task} of {self.dtype} {self.logits.shape}"
+
+    def sample(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return single numbers, and of an array like the logits some of the rows."""
+        if array.shape != self.logits.shape:
+            return np.array(array, np.float64)
+        rows = np.moveaxis(array, self.axis, -1)
+        index = np.linspace(0, self.target.size - 1, SAMPLED).round().astype(np.int64)
+        found: NDArray[Any] = rows[np.unravel_index(index, self.target.shape)].astype(np.float64)
+        return found
+
     def require_dtype(self, *names: str) -> None:
         """Raise `Unserved` for logits of another dtype."""
-        if self.logits.dtype.name not in names:
+        if self.dtype not in names:
             raise Unserved(f"takes {', '.join(names)}")
 
 
@@ -76,7 +119,11 @@ class Contender:
     read: Callable[[Any], Arrays] = as_arrays
 
 
-class Peer(Protocol):
+P = TypeVar("P", bound=Question)
+_P = TypeVar("_P", bound=Question, contravariant=True)
+
+
+class Peer(Protocol[_P]):
     """A library that computes the same."""
 
     name: str
@@ -93,16 +140,16 @@ class Peer(Protocol):
     def prepare(self, threads: int) -> None:
         """Import what is needed and set the number of threads."""
 
-    def contenders(self, problem: Problem) -> list[Contender]:
+    def contenders(self, problem: _P) -> list[Contender]:
         """Return what to time; raise `Unserved` where there is nothing."""
 
 
-def missing(peer: Peer) -> list[str]:
+def missing(peer: Peer[Any]) -> list[str]:
     """Return the modules that a peer needs and that are not installed."""
     return [name for name in peer.modules if importlib.util.find_spec(name) is None]
 
 
-def all_peers() -> list[Peer]:
+def all_peers() -> list[Peer[Problem]]:
     """Return every peer, installed or not."""
     from crossent.cli.bench.peers_arrays import NumPyPeer, ScikitLearn, SciPyPeer
     from crossent.cli.bench.peers_frameworks import Compiled, Eager, Jitted

@@ -71,14 +71,13 @@ def from_tensors(result: Any) -> Arrays:
     return tuple(map(one, result if isinstance(result, tuple) else (result,)))
 
 
-class Eager:
-    """PyTorch, one operation after the other."""
+class OnTorch:
+    """What runs in PyTorch."""
 
     name = "torch"
     title = "torch"
     package = "torch"
     modules: tuple[str, ...] = ("torch",)
-    how = "torch.nn.functional.cross_entropy, torch.autograd.grad in a leaf; set_num_threads(N)"
 
     def prepare(self, threads: int) -> None:
         """Set the number of threads."""
@@ -86,27 +85,50 @@ class Eager:
 
         torch.set_num_threads(threads)
 
+
+class OnInductor(OnTorch):
+    """What Inductor compiles with a C++ compiler."""
+
+    name = "torch-compile"
+    title = "torch.compile"
+    how = "the same under torch.compile(fullgraph=True, dynamic=False), forward and backward"
+
+    def prepare(self, threads: int) -> None:
+        """Set the number of threads, and keep Inductor's workers from running beside the timing."""
+        from torch._inductor import config
+
+        super().prepare(threads)
+        config.compile_threads = 1
+
+
+class OnJAX:
+    """What XLA compiles."""
+
+    name = "jax"
+    title = "JAX"
+    package = "jax"
+    modules: tuple[str, ...] = ("jax", "optax")
+
+    def prepare(self, threads: int) -> None:
+        """Keep to the CPU; as many threads as the process may use CPUs start with the backend."""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no advice about slow compilation
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+
+
+class Eager(OnTorch):
+    """PyTorch, one operation after the other."""
+
+    how = "torch.nn.functional.cross_entropy, torch.autograd.grad in a leaf; set_num_threads(N)"
+
     def contenders(self, problem: Problem) -> list[Contender]:
         """Return the function of the task."""
         return [_torch_contender(_torch_function(problem), problem)]
 
 
-class Compiled:
+class Compiled(OnInductor):
     """PyTorch, compiled for these shapes by Inductor with a C++ compiler."""
-
-    name = "torch-compile"
-    title = "torch.compile"
-    package = "torch"
-    modules: tuple[str, ...] = ("torch",)
-    how = "the same under torch.compile(fullgraph=True, dynamic=False), forward and backward"
-
-    def prepare(self, threads: int) -> None:
-        """Set the number of threads, and keep Inductor's workers from running beside the timing."""
-        import torch
-        from torch._inductor import config
-
-        torch.set_num_threads(threads)
-        config.compile_threads = 1
 
     def contenders(self, problem: Problem) -> list[Contender]:
         """Return the compiled function of the task."""
@@ -118,24 +140,13 @@ class Compiled:
         return [_torch_contender(compiled, problem)]
 
 
-class Jitted:
+class Jitted(OnJAX):
     """JAX with Optax's loss, compiled by XLA."""
 
-    name = "jax"
-    title = "JAX"
-    package = "jax"
-    modules: tuple[str, ...] = ("jax", "optax")
     how = (
         "jax.jit(jax.value_and_grad(optax.softmax_cross_entropy_with_integer_labels(…).mean())), "
         "block_until_ready; inputs on the device before; XLA starts a thread for each usable CPU"
     )
-
-    def prepare(self, threads: int) -> None:
-        """Keep to the CPU; as many threads as the process may use CPUs start with the backend."""
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no advice about slow compilation
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
 
     def contenders(self, problem: Problem) -> list[Contender]:
         """Return the compiled function of the task."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crossent.cli.bench.peers import Contender, Peer, Problem
-from crossent.cli.bench.peers_frameworks import Compiled, Eager, as_tensor, from_tensors
+from crossent.cli.bench.peers_frameworks import OnInductor, OnTorch, as_tensor, from_tensors
 
 _Loss = Callable[[Any, Any], Any]
 
@@ -27,7 +27,7 @@ def our_step(problem: Problem) -> list[Contender]:
     return [_step(_our_loss(), problem)]
 
 
-def step_peers() -> list[Peer]:
+def step_peers() -> list[Peer[Problem]]:
     """Return who else takes the step, installed or not."""
     return [EagerStep(), CompiledStep(), OurCompiledStep()]
 
@@ -60,7 +60,7 @@ def _our_loss() -> _Loss:
     return found
 
 
-class EagerStep(Eager):
+class EagerStep(OnTorch):
     """PyTorch's loss, one operation after the other."""
 
     how = "torch.nn.functional.cross_entropy(x, target).backward(); set_num_threads(N)"
@@ -72,7 +72,7 @@ class EagerStep(Eager):
         return [_step(functional.cross_entropy, problem)]
 
 
-class CompiledStep(Compiled):
+class CompiledStep(OnInductor):
     """PyTorch's loss, compiled for these shapes by Inductor with a C++ compiler."""
 
     how = "the same under torch.compile(fullgraph=True, dynamic=False), forward and backward"
@@ -84,7 +84,7 @@ class CompiledStep(Compiled):
         return [_compiled_step(functional.cross_entropy, problem)]
 
 
-class OurCompiledStep(Compiled):
+class OurCompiledStep(OnInductor):
     """The loss of this library within a compiled graph."""
 
     name = "crossent-compile"

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from crossent.cli.bench.benchmark import Words
 from crossent.cli.bench.peers import Output
 from crossent.cli.bench.results import Group, Report, Timed
 from crossent.cli.bench.shapes import MAIN
@@ -22,7 +23,10 @@ _LOOKS: dict[tuple[str, str], tuple[str, str, float]] = {
     ("crossent", "fresh"): ("o", _OURS, 8),
     ("crossent", "none"): ("o", _OURS, 8),
     ("crossent-compile", ""): ("h", "#6fa3dd", 9),
+    ("crossent-torch", ""): ("D", "#0d3f80", 8),
     ("torch", ""): ("s", "#c2571a", 7),
+    ("torch-linear", ""): ("<", "#a3628a", 8),
+    ("torch-chunked", ""): ("v", "#2a8f6d", 8),
     ("torch-compile", ""): ("P", "#e09a2b", 8),
     ("jax", ""): ("^", "#6f4ba0", 8),
     ("sklearn", ""): ("v", "#2a8f6d", 8),
@@ -49,20 +53,20 @@ def draw(report: Report, path: Path) -> None:
         figure = Figure(figsize=(10, 2.3 + 0.58 * len(groups)), dpi=150, layout="constrained")
         axes = figure.subplots()
         for place, group in enumerate(groups):
-            _line(axes, place, group, report.words.axis)
+            _line(axes, place, group, report.words)
         _frame(axes, groups, report.words.axis_text)
         _legend(figure, axes, _title(report, bool(main)))
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8.5, color=_MUTED)
         figure.savefig(path, facecolor="white", metadata={"Software": None})
 
 
-def _line(axes: Axes, place: int, group: Group, over: str) -> None:
+def _line(axes: Axes, place: int, group: Group, words: Words) -> None:
     """Draw one shape's contenders, the peers first and ours on top."""
-    base = group.base(over)
+    base = group.base(words.axis)
     if base is None:
         return
     unit = base.timing.median
-    shown = [each for each in group.times if each.kind != "copy"]
+    shown = [each for each in group.times if each.kind in ("crossent", "peer")]
     values = [each.timing.median / unit for each in shown]
     axes.plot([min(values), max(values)], [place, place], color=_GRID, linewidth=2.5, zorder=1)
     for each in sorted(shown, key=lambda each: each.kind == "crossent"):
@@ -86,11 +90,12 @@ def _line(axes: Axes, place: int, group: Group, over: str) -> None:
             label=_legend_label(each, group),
             zorder=4 if ours else 3,
         )
-    fastest = group.fastest_copy()
-    if fastest is not None:
-        _tick(axes, place, fastest.timing.median / unit)
+    name, called = words.mark
+    marked = group.base(name)
+    if marked is not None:
+        _tick(axes, place, marked.timing.median / unit, called)
     axes.text(
-        *(1.01, place, _verdict(group)),
+        *(1.01, place, _verdict(group, words.leader)),
         transform=axes.get_yaxis_transform(),
         va="center",
         fontsize=10,
@@ -98,10 +103,10 @@ def _line(axes: Axes, place: int, group: Group, over: str) -> None:
     )
 
 
-def _verdict(group: Group) -> str:
-    """Return how crossent with a new array compares with the fastest peer."""
+def _verdict(group: Group, leader: str) -> str:
+    """Return how ours with a new array compares with the fastest peer."""
     output: Output = "none" if group.task in ("loss", "stats") else "fresh"
-    ratio = group.ratio(output, "best peer")
+    ratio = group.ratio(output, "best peer", leader) or group.ratio(output, "best peer")
     if ratio is None:
         return ""
     faster, much = ratio.value < 1, max(ratio.value, 1 / ratio.value)
@@ -110,7 +115,7 @@ def _verdict(group: Group) -> str:
     return f"{much:.1f}× {'faster' if faster else 'slower'}\nthan {ratio.which}"
 
 
-def _tick(axes: Axes, place: int, value: float) -> None:
+def _tick(axes: Axes, place: int, value: float, called: str) -> None:
     axes.plot(
         [value],
         [place],
@@ -119,7 +124,7 @@ def _tick(axes: Axes, place: int, value: float) -> None:
         markersize=17,
         markeredgewidth=1.5,
         color=_MUTED,
-        label="fastest copy",
+        label=called,
         zorder=2,
     )
 
@@ -150,8 +155,7 @@ def _frame(axes: Axes, groups: list[Group], over: str) -> None:
     axes.set_yticks(
         range(len(groups)),
         [
-            f"{group.use}\n{'×'.join(map(str, group.logits))}"
-            + ("" if plain else f" {group.dtype} {group.task}")
+            f"{group.use}\n{group.sizes}" + ("" if plain else f" {group.dtype} {group.task}")
             for group in groups
         ],
         fontsize=10,

@@ -11,13 +11,13 @@ from crossent.cli.bench.benchmark import Words
 from crossent.cli.bench.peers import Output, Task
 from crossent.cli.bench.timing import Timing
 
-Kind = Literal["crossent", "peer", "copy"]
+Kind = Literal["crossent", "peer", "copy", "bound"]
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One contender's time for one problem."""
+    """One contender's time for one problem, or what it is held against."""
 
     name: str
     title: str
@@ -37,8 +37,7 @@ class Ratio:
     output
         Where ours put its result.
     over : str
-        "best peer", a peer's title, "numpy.copyto", "x.copy()", "copy by all threads", "fastest
-        copy" or "float32".
+        "best peer", a peer's title, "float32", or what else `Group.rivals` names.
     which : str
         The one that `over` came to be, as the tables call it.
     value : float
@@ -65,6 +64,33 @@ class Group:
     nbytes: int
     times: tuple[Timed, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> str:
+        """Return the sizes as in tables, 8192×1000."""
+        return "×".join(map(str, self.logits))
+
+    def extra_heads(self) -> tuple[str, ...]:
+        """Return what else a table of times tells of a contender."""
+        return ()
+
+    def extra(self, timed: Timed) -> tuple[str, ...]:
+        """Return that of one contender."""
+        return ()
+
+    def note(self) -> str:
+        """Return what is to be said below a table of times."""
+        return ""
+
+    def rivals(self, ours: Timed) -> dict[str, Timed | None]:
+        """Return what ours is held against beside the peers: the copies, fresh over fresh."""
+        if ours.output == "fresh":
+            return {"x.copy()": self.time("copy", "fresh")}
+        return {
+            "numpy.copyto": self.time("copyto", "kept"),
+            "copy by all threads": self.time("threads", "kept"),
+            "fastest copy": self.fastest_copy(),
+        }
 
     def time(self, name: str, output: Output) -> Timed | None:
         """Return one contender's time."""
@@ -96,12 +122,7 @@ class Group:
             peers = self.peers(ours.output)
             rivals: dict[str, Timed | None] = {peer.title: peer for peer in reversed(peers)}
             rivals["best peer"] = peers[0] if peers else None
-            if ours.output == "fresh":
-                rivals["x.copy()"] = self.time("copy", "fresh")
-            else:
-                rivals["numpy.copyto"] = self.time("copyto", "kept")
-                rivals["copy by all threads"] = self.time("threads", "kept")
-                rivals["fastest copy"] = self.fastest_copy()
+            rivals |= self.rivals(ours)
             found += [
                 _ratio(ours, over, rival, rival.title)
                 for over, rival in rivals.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from crossent.cli.bench.peers import TASKS, Task
@@ -9,6 +11,7 @@ from crossent.cli.errors import InputError
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 MAIN: Task = "loss+gradient"
+SCALE = 3.0  # standard deviation of the logits
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Shape:
         Of the logits; all but float32 for the main task only, unless `every`.
     every : bool
         Measure every task in every dtype.
+    default : bool
+        Measure it where no shape is asked for.
     """
 
     name: str
@@ -36,11 +41,16 @@ class Shape:
     tasks: tuple[Task, ...] = (MAIN,)
     dtypes: tuple[str, ...] = ("float32",)
     every: bool = False
+    default: bool = True
 
     @property
     def text(self) -> str:
         """Return the sizes as in tables, 8192×1000."""
         return "×".join(map(str, self.logits))
+
+    def nbytes(self, dtype: str) -> int:
+        """Return how many bytes the logits take."""
+        return math.prod(self.logits) * {"float64": 8, "float32": 4}.get(dtype, 2)
 
     def measured(self) -> dict[str, tuple[Task, ...]]:
         """Return the tasks to measure in each dtype."""
@@ -71,7 +81,12 @@ SHAPES = (
 
 
 def chosen(
-    shapes: str | None, dtypes: str | None, tasks: str | None, quick: bool
+    shapes: str | None,
+    dtypes: str | None,
+    tasks: str | None,
+    quick: bool,
+    known: Sequence[Shape] = SHAPES,
+    all_tasks: tuple[Task, ...] = TASKS,
 ) -> tuple[Shape, ...]:
     """Return the shapes a command line asks for, each with the dtypes and tasks it asks for.
 
@@ -81,18 +96,24 @@ def chosen(
         Names separated by commas.
     quick : bool
         Take few rows of each.
+    known : sequence of Shape
+        All there are.
+    all_tasks : tuple of Task
+        The same.
 
     Raises
     ------
     InputError
         For a name that does not exist.
     """
-    by_name = {shape.name: shape for shape in SHAPES}
+    by_name = {shape.name: shape for shape in known}
     found = [by_name[name] for name in names("--shapes", shapes, tuple(by_name))]
+    if shapes is None:
+        found = [shape for shape in found if shape.default]
     if dtypes is not None:
         found = [replace(shape, dtypes=names("--dtypes", dtypes, DTYPES)) for shape in found]
     if tasks is not None:
-        asked = names("--tasks", tasks, TASKS)
+        asked = names("--tasks", tasks, all_tasks)
         wanted: tuple[Task, ...] = tuple(task for task in TASKS if task in asked)
         found = [replace(shape, tasks=wanted, every=True) for shape in found]
     return tuple(shape.small() if quick else shape for shape in found)

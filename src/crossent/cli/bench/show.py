@@ -22,12 +22,15 @@ def heading(machine: dict[str, Any], threads: int, absent: dict[str, str]) -> st
 def block(group: Group, words: Words) -> str:
     """Return one problem's times, each over the benchmark's base, the fastest contender first."""
     base = group.base(words.base)
-    lines = [f"\n{group.task}, {group.dtype}, {_sizes(group)}: {group.use} ({group.shape})"]
+    heads = "".join(f"  {head:>8}" for head in group.extra_heads())
+    title = f"{group.task}, {group.dtype}, {group.sizes}: {group.use} ({group.shape})"
+    lines = [f"\n{title:65}{heads}".rstrip()]
     for each in sorted(group.times, key=lambda each: each.timing.median):
         timing = each.timing
         over = f"{timing.median / base.timing.median:8.2f} ×" if base else ""
         lines.append(
             f"  {label(each):32} {_time(timing):>10}  ±{100 * timing.spread:3.0f} % {over:>12}"
+            + "".join(f"  {cell:>8}" for cell in group.extra(each))
         )
     failed = {name: why for name, why in group.skipped.items() if why.startswith("failed")}
     lines += [f"  {name}: skipped, {why}" for name, why in failed.items()]
@@ -43,7 +46,7 @@ def label(timed: Timed) -> str:
     >>> label(Timed("crossent", "crossent", "crossent", "kept", summary([1.0], 1)))
     'crossent, out='
     """
-    kept = timed.output == "kept" and timed.kind != "copy"
+    kept = timed.output == "kept" and timed.kind in ("crossent", "peer")
     return f"{timed.title}, out=" if kept else timed.title
 
 
@@ -86,7 +89,7 @@ def markdown(report: Report) -> str:
 
 
 def _summary_heads(words: Words) -> tuple[str, ...]:
-    return ("task", "dtype", "logits", *(column.head for column in words.columns), "float32")
+    return ("task", "dtype", words.sizes, *(column.head for column in words.columns), "float32")
 
 
 def _summary_lines(report: Report) -> list[tuple[str, ...]]:
@@ -94,14 +97,12 @@ def _summary_lines(report: Report) -> list[tuple[str, ...]]:
     for group in report.groups:
         cells = []
         for column in report.words.columns:
-            outputs: list[Output] = [column.output]
-            if column.over == "best peer" or column.output == "kept":
-                outputs.append("none")
+            outputs: tuple[Output, ...] = (column.output, "none")
             found = (group.ratio(output, column.over, column.name) for output in outputs)
             cells.append(_ratio(next(filter(None, found), None)))
         other = [ratio for ratio in report.over_float32(group) if ratio.name == "crossent"]
         lines.append(
-            (group.task, group.dtype, _sizes(group), *cells, _ratio(other[-1] if other else None))
+            (group.task, group.dtype, group.sizes, *cells, _ratio(other[-1] if other else None))
         )
     return lines
 
@@ -115,15 +116,18 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _group(group: Group, words: Words) -> str:
     base = group.base(words.base)
-    lines: list[tuple[str, ...]] = [("", "time", "spread", f"over {words.base_text}")]
+    heads = ("", "time", "spread", f"over {words.base_text}")
+    lines: list[tuple[str, ...]] = [(*heads, *group.extra_heads())]
     for each in sorted(group.times, key=lambda each: each.timing.median):
         over = f"{each.timing.median / base.timing.median:.2f}" if base else "–"
         name = f"**{label(each)}**" if each.kind == "crossent" else label(each)
-        lines.append((name, _time(each.timing), f"± {100 * each.timing.spread:.0f} %", over))
+        spread = f"± {100 * each.timing.spread:.0f} %"
+        lines.append((name, _time(each.timing), spread, over, *group.extra(each)))
     axis = "" if group.axis == -1 else f", axis={group.axis}"
-    title = f"### {group.task} of {_sizes(group)}, {group.dtype}{axis}: {group.use}\n\n"
+    title = f"### {group.task} of {group.sizes}, {group.dtype}{axis}: {group.use}\n\n"
     left_out = "; ".join(f"{name}: {why}" for name, why in group.skipped.items())
-    return title + _table(lines, 1) + (f"\nLeft out: {left_out}.\n" if left_out else "")
+    note = f"\n{group.note()}\n" if group.note() else ""
+    return title + _table(lines, 1) + note + (f"\nLeft out: {left_out}.\n" if left_out else "")
 
 
 def _who(report: Report) -> str:
@@ -137,10 +141,6 @@ def _table(lines: list[tuple[str, ...]], left: int) -> str:
     head, *body = ["| " + " | ".join(line) + " |" for line in lines]
     rule = "|" + "|".join("---" if k < left else "---:" for k in range(len(lines[0]))) + "|"
     return "\n".join([head, rule, *body]) + "\n"
-
-
-def _sizes(group: Group) -> str:
-    return "×".join(map(str, group.logits))
 
 
 def _time(timing: Timing) -> str:
