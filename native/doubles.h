@@ -1,6 +1,8 @@
 // A row of any dtype and any stride, as doubles and back.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 #include "storage.h"
 
@@ -14,6 +16,11 @@ void read_as(const View& view, int64_t i, double* to, int64_t step) {
   constexpr int kMany = Lanes<typename S::T>::n;
   const char* at = view.row(i);
   const int64_t V = view.classes;
+  if constexpr (std::is_same_v<Type, typename S::T>) {
+    for (int64_t j = 0; j < V; j++)
+      to[j * step] = *reinterpret_cast<const Type*>(at + j * view.class_stride);
+    return;
+  }
   alignas(kBytes) Type part[kMany] = {};
   for (int64_t j = 0; j < V; j += kMany) {
     const int n = V - j < kMany ? static_cast<int>(V - j) : kMany;
@@ -31,6 +38,11 @@ void write_as(const View& view, int64_t i, const double* from, int64_t step) {
   constexpr int kMany = Lanes<T>::n;
   char* at = view.row(i);
   const int64_t V = view.classes;
+  if constexpr (std::is_same_v<Type, T>) {
+    for (int64_t j = 0; j < V; j++)
+      *reinterpret_cast<Type*>(at + j * view.class_stride) = static_cast<T>(from[j * step]);
+    return;
+  }
   alignas(kBytes) T lanes[kMany] = {};
   alignas(kBytes) Type part[kMany];
   for (int64_t j = 0; j < V; j += kMany) {

@@ -2,7 +2,8 @@
 //
 // Design:
 //   a. The formula and the numbers are those of general.cpp (its hvp), which has a row's classes in
-//      lanes: with ten of them it spends its time on what is done once a row, 300 ns; here 40.
+//      lanes: with ten of them it spends its time on what is done once a row, 300 ns (Zen 3);
+//      here 60.
 //   b. With index targets and no softcap the product knows of the target only Q, its total weight.
 //   c. Which rows come here depends on the options, the number of classes and the kind of target
 //      (lane_hvp), never on the layout or on other rows, so neither changes a bit.
