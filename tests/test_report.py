@@ -56,7 +56,7 @@ class Page(HTMLParser):
 def page_of(tmp_path, x, y, **settings):
     np.savez(tmp_path / "t.npz", X=x, y=y)
     settings = {"source": str(tmp_path / "t.npz"), "output": tmp_path / "out"} | settings
-    folder = train(TrainSettings(**settings), Console(quiet=True))
+    folder = train(TrainSettings(**settings), Console(quiet=True)).folder
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -72,7 +72,7 @@ def digits_page(tmp_path_factory):
     folder = train(
         TrainSettings("digits", output=tmp_path_factory.mktemp("digits") / "out"),
         Console(quiet=True),
-    )
+    ).folder
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
