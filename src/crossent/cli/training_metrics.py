@@ -78,7 +78,9 @@ def how_it_ended(metrics: dict[str, Any]) -> str:
         return f"{ended} after {steps}, {fit['seconds']:.1f} s"
     tried = len(selection["path"])
     whole = tried + len(selection["not_tried"])
-    text = f"C {selection['chosen_C']:g} of {tried} tried in {selection['seconds']:.1f} s, {ended}"
+    text = (
+        f"C {selection['chosen_C']:g}, chosen from {tried} in {selection['seconds']:.1f} s, {ended}"
+    )
     if selection["ended_by"] == "interrupt":
         return f"interrupted after {tried} of {whole} Cs: {text}"
     return text
