@@ -368,7 +368,9 @@ def _line(point: PathPoint, best: PathPoint) -> str:
 def _outcome(path: PenaltyPath) -> str:
     best, chosen, left = path.best, path.chosen, len(path.grid) - len(path.points)
     text = f"best C {best.C:g}: held-out loss {best.loss:.4f} ± {best.standard_error:.4f}"
-    if path.one_se:
+    if path.one_se and chosen is best:
+        text += "; no stronger penalty is within one standard error of it"
+    elif path.one_se:
         text += f"; chosen C {chosen.C:g}, the strongest penalty within one standard error"
     if path.rising:
         text += f"\n{left} larger Cs not tried: the loss rose {PATIENCE} times in a row"

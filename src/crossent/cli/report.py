@@ -313,8 +313,8 @@ def _settings(report: ReportData) -> str:
     penalty = "no penalty" if fit["C"] is None else f"{fit['C']:g}"
     if selection is not None:
         penalty += (
-            f", by {selection['rule']} of {len(selection['path'])} tried in {selection['folds']} "
-            "folds"
+            f", chosen from {len(selection['path'])} by {selection['folds']} folds; "
+            f"rule: {selection['rule']}"
         )
     rows = [
         ["Split", split],

@@ -111,7 +111,7 @@ def penalty_chart(path: list[dict[str, Any]], best: float, chosen: float) -> str
 
     return _chart(
         draw,
-        (7, 4.2),
+        (5.6, 4),
         f"Held-out loss by C, lowest at {best:g}, with the standard error over the folds, and "
         "the loss on the training rows; the numbers are in the table below.",
         wide=True,

@@ -29,6 +29,8 @@ def _choice(selection: dict[str, Any]) -> str:
     )
     if selection["rule"] == "lowest loss":
         text += "the lowest"
+    elif chosen is best:
+        text += "the lowest, and no stronger penalty is within one standard error of it"
     else:
         text += (
             "the strongest penalty within one standard error of the lowest, "
@@ -64,7 +66,7 @@ def _remarks(selection: dict[str, Any]) -> str:
 def _table(selection: dict[str, Any]) -> str:
     rows = [
         [
-            f"{point['C']:g}" + (" (chosen)" if point["C"] == selection["chosen_C"] else ""),
+            f"{point['C']:g}" + (" ✓" if point["C"] == selection["chosen_C"] else ""),
             f"{point['loss']:.4f}",
             f"{point['standard_error']:.4f}",
             percent(point["accuracy"]),
@@ -77,8 +79,7 @@ def _table(selection: dict[str, Any]) -> str:
     return scrollable(
         "Choice of the penalty",
         table(
-            "Mean over the held-out rows; iterations of all folds and of the fit to all training "
-            "rows",
+            "✓ is the chosen C; iterations are of all fits at a C",
             [
                 "C",
                 "Held-out loss",
