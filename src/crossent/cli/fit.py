@@ -19,7 +19,7 @@ from crossent.cli.scaling import Scaling
 if TYPE_CHECKING:
     from crossent.sklearn import FitProgress
 
-FITTING = "fitting (Ctrl-C ends the fit and keeps the model so far)"
+HINT = "\n  Ctrl-C keeps the best model so far"
 KEEPING = "interrupted: keeping the best model so far (Ctrl-C again to end without it)"
 RECORDED = ("iteration", "objective", "gradient_norm", "seconds")
 
@@ -167,7 +167,7 @@ def fit_or_keep(
     """
     fitter: Fitter | None = None
     try:
-        with console.status(FITTING) as status:
+        with console.status("fitting") as status:
             fitter = Fitter(tol, max_iter, _progress(console, status.update))
             return fitter.fit(features, labels, C)
     except KeyboardInterrupt:
@@ -187,7 +187,7 @@ def _progress(console: Console, update: Callable[[str], None]) -> "Callable[[Fit
             f"gradient {record.gradient_norm:.1e}  {record.seconds:.1f} s"
         )
         if console.is_terminal:
-            update(f"{line}  (Ctrl-C keeps the model so far)")
+            update(line + (HINT if record.iteration else ""))
         elif record.iteration & (record.iteration - 1) == 0:  # 0 and the powers of two
             console.print(line)
 

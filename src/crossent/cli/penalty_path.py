@@ -23,7 +23,7 @@ from rich.console import Console
 
 from crossent.cli.data import Dataset
 from crossent.cli.errors import InputError
-from crossent.cli.fit import KEEPING, Fit, Fitter
+from crossent.cli.fit import HINT, KEEPING, Fit, Fitter
 from crossent.cli.labels import Codes, class_name
 from crossent.cli.metrics import evaluate
 from crossent.cli.scaling import Scaling, fit_scaling
@@ -270,7 +270,7 @@ class _Watch:
         place = len(self._path.points) + 1
         self._update(
             f"C {self.C:g} ({place} of {len(self._path.grid)}), {self.part}, "
-            f"iteration {progress.iteration}  (Ctrl-C keeps the best model so far)"
+            f"iteration {progress.iteration}" + (HINT if self._path.points else "")
         )
 
 
@@ -366,16 +366,17 @@ def _line(point: PathPoint, best: PathPoint) -> str:
 
 
 def _outcome(path: PenaltyPath) -> str:
-    best, chosen, left = path.best, path.chosen, len(path.grid) - len(path.points)
+    best, chosen, count = path.best, path.chosen, len(path.grid) - len(path.points)
+    left = f"{count} larger {'C' if count == 1 else 'Cs'} not tried"
     text = f"best C {best.C:g}: held-out loss {best.loss:.4f} ± {best.standard_error:.4f}"
     if path.one_se and chosen is best:
         text += "; no stronger penalty is within one standard error of it"
     elif path.one_se:
         text += f"; chosen C {chosen.C:g}, the strongest penalty within one standard error"
     if path.rising:
-        text += f"\n{left} larger Cs not tried: the loss rose {PATIENCE} times in a row"
+        text += f"\n{left}: the loss rose {PATIENCE} times in a row"
     if path.interrupted:
-        text += f"\n{left} larger Cs not tried: interrupted"
+        text += f"\n{left}: interrupted"
     advice = edge_advice(path.edge)
     return text + (f"\n{advice}" if advice and not path.interrupted else "")
 

@@ -51,7 +51,8 @@ def _remarks(selection: dict[str, Any]) -> str:
             "rise": "the held-out loss had risen three times in a row",
             "interrupt": "Ctrl-C came before",
         }[selection["ended_by"]]
-        remarks.append(f"C from {left[0]:g} to {left[-1]:g} was not tried: {why}.")
+        which = f"{left[0]:g}" if len(left) == 1 else f"from {left[0]:g} to {left[-1]:g}"
+        remarks.append(f"C {which} was not tried: {why}.")
     advice = edge_advice(selection["best_on_edge"])
     if advice and selection["ended_by"] != "interrupt":
         remarks.append(f"{advice[0].upper()}{advice[1:]}.")
