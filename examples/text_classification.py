@@ -56,23 +56,24 @@ TOLERANCE = 1e-6  # a word is in few pieces, so the mean loss's gradient in its 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of source, and where each comes from; arrays (N,) of strings."""
+    """Pieces of source, and where each comes from; arrays (N,)."""
 
     text: Array
     package: Array
     file: Array
+    group: Array  # pieces of one group stay together when the pieces are split
 
     def __len__(self) -> int:
         return len(self.text)
 
     def take(self, rows: Array) -> Pieces:
         """Return the pieces at these positions."""
-        return Pieces(self.text[rows], self.package[rows], self.file[rows])
+        return Pieces(*(array[rows] for array in (self.text, self.package, self.file, self.group)))
 
     def split(self, seed: int) -> tuple[Pieces, Pieces]:
-        """Return four fifths and one fifth, about so of each package, with no file in both."""
+        """Return four fifths and one fifth, about so of each package, with no group in both."""
         folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-        larger, smaller = next(folds.split(self.text, self.package, self.file))
+        larger, smaller = next(folds.split(self.text, self.package, self.group))
         return self.take(larger), self.take(smaller)
 
 
@@ -87,11 +88,13 @@ def library_files() -> dict[str, list[Path]]:
     return files
 
 
-def cut(files: dict[str, list[Path]], lines: int, most: int, seed: int) -> Pieces:
+def cut(
+    files: dict[str, list[Path]], lines: int, most: int, seed: int, *, apart: bool = False
+) -> Pieces:
     """Cut files into pieces of some lines, and take at most so many of a file.
 
     Else one file of 3000 lines would decide what its package's share of the test says. Pieces of
-    fewer than 20 words are left out.
+    fewer than 20 words are left out. `apart` lets pieces of one file go separate ways in a split.
     """
     rng = np.random.default_rng(seed)
     found: list[tuple[str, str, str]] = []
@@ -103,7 +106,8 @@ def cut(files: dict[str, list[Path]], lines: int, most: int, seed: int) -> Piece
             texts = [text for text in texts if len(text.split()) >= 20]
             for i in sorted(rng.permutation(len(texts))[:most]):
                 found.append((texts[i], package, str(path)))
-    return Pieces(*(np.array(column) for column in zip(*found, strict=True)))
+    text, package, file = (np.array(column) for column in zip(*found, strict=True))
+    return Pieces(text, package, file, np.arange(len(text)) if apart else file)
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -173,9 +177,10 @@ def report(result: Result, train: Pieces, test: Pieces) -> None:
     console = Console(highlight=False, width=100)
     features, model = result.features, result.model
     stored = sum(part.nbytes for part in (features.data, features.indices, features.indptr))
+    files, test_files = {*train.file}, {*test.file}
     console.print(
-        f"{len(train)} pieces of {len(set(train.file))} files to train on, "
-        f"{len(test)} of {len(set(test.file))} other files to test on\n"
+        f"{len(train)} pieces of {len(files)} files to train on, {len(test)} of "
+        f"{len(test_files)} files to test on, {len(files & test_files)} files in both\n"
         f"CSR {features.shape[0]} × {features.shape[1]}, {features.nnz} stored: "
         f"{stored / 1e6:.1f} MB; dense it would be "
         f"{np.prod(features.shape) * features.dtype.itemsize / 1e6:.0f} MB\n"
@@ -199,7 +204,7 @@ def report(result: Result, train: Pieces, test: Pieces) -> None:
 
     mistaken = Counter(zip(test.package[~right], predicted[~right], strict=True))
     console.print("\nmost often mistaken: ", end="")
-    console.print(", ".join(f"{a} for {b} ({n})" for (a, b), n in mistaken.most_common(5)))
+    console.print(", ".join(f"{a} for {b} ({n})" for (a, b), n in mistaken.most_common(4)))
     named = np.array([p in text for p, text in zip(test.package, test.text, strict=True)])
     console.print(
         f"pieces that spell their package's name: {named.mean():.0%}, "
@@ -263,6 +268,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lines", type=at_least(1), default=20, help="of a piece")
     parser.add_argument("--most", type=at_least(1), default=20, help="pieces of a file")
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--apart", action="store_true", help="split by pieces, not files: what not to do"
+    )
     parser.add_argument("--plot", metavar="PATH", help="where to write the figure (.png or .svg)")
     args = parser.parse_args(argv)
     if args.plot and not importlib.util.find_spec("matplotlib"):
@@ -276,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--packages: three or more of at least 5 files each; {few or packages} are not"
         )
-    pieces = cut({name: files[name] for name in packages}, args.lines, args.most, args.seed)
+    chosen = {name: files[name] for name in packages}
+    pieces = cut(chosen, args.lines, args.most, args.seed, apart=args.apart)
     train, test = pieces.split(args.seed)
     result = fit(train, test, args.seed)
     report(result, train, test)
