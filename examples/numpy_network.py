@@ -11,8 +11,8 @@ the three gradients out. docs/maths.md derives them, (M7) and (M12) to (M14).
 
     python examples/numpy_network.py --plot numpy-network.png
 
-docs/numpy-network.md explains what it shows. The digits come with scikit-learn, the plot needs
-matplotlib; the network is NumPy and crossent alone.
+docs/numpy-network.md explains what it shows. The network is NumPy and crossent alone; the data and
+the picture need crossent[cli].
 
 Shapes: N images of D pixels, V classes; a layer's weight is (out, in) and its bias (out,).
 """
@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
 from crossent import linear_cross_entropy_stats, linear_cross_entropy_value_and_grad
+from crossent.cli import data
+from crossent.cli.errors import InputError
 
 Array = NDArray[Any]
 
@@ -82,20 +83,14 @@ def evaluate(layers: list[Layer], x: Array, target: Array) -> tuple[float, float
 
 
 def train(
-    layers: list[Layer],
-    x: Array,
-    target: Array,
-    epochs: int,
-    batch_size: int,
-    rate: float,
-    seed: int,
+    layers: list[Layer], x: Array, target: Array, epochs: int, batch: int, rate: float, seed: int
 ) -> Iterator[list[float]]:
     """Change the layers in place by SGD with momentum, and yield each epoch's losses, by step."""
     velocity = [Layer(np.zeros_like(weight), np.zeros_like(bias)) for weight, bias in layers]
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         order, losses = rng.permutation(len(x)), []
-        for rows in np.split(order, range(batch_size, len(x), batch_size)):
+        for rows in np.split(order, range(batch, len(x), batch)):
             loss, grads = loss_and_gradient(layers, x[rows], target[rows])
             losses.append(loss)
             for arrays in zip(layers, grads, velocity, strict=True):
@@ -128,20 +123,12 @@ def check(sizes: tuple[int, ...], x: Array, target: Array, entries: int = 100) -
     return pairs
 
 
-def images(name: str, folder: Path | None, seed: int) -> list[Array]:
+def images(name: str, seed: int) -> list[Array]:
     """Return images (N, D) in [0, 1] and their classes, to train on and to test on."""
-    if name == "digits":
-        x, target = load_digits(return_X_y=True)
-        order = np.random.default_rng(seed).permutation(len(x))
-        x, target = (x[order] / 16).astype(np.float32), target[order]
-        return [x[:1200], target[:1200], x[1200:], target[1200:]]
-    from crossent.cli import data, idx
-
-    found: list[Array] = []
-    for part in ("train", "test"):
-        pixels, target = idx.read_part(folder or data.FASHION_MNIST_FOLDER, part)
-        found += [pixels.reshape(len(pixels), -1) / np.float32(255), target]
-    return found
+    found = data.load(name)
+    x = np.float32(1 / (found.pixel_max or 1)) * found.features.astype(np.float32)
+    parts = data.split(found, test_size=None if found.own_test_rows else 1 / 3, seed=seed)
+    return [array[rows] for rows in parts for array in (x, found.labels)]
 
 
 def plot(losses: list[float], tests: list[tuple[int, float]], change: Array, path: str) -> None:
@@ -151,13 +138,8 @@ def plot(losses: list[float], tests: list[tuple[int, float]], change: Array, pat
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     axes = left.subplots()
-    axes.plot(
-        range(1, len(losses) + 1),
-        losses,
-        color="#93c5fd",
-        linewidth=0.7,
-        label="each step's images",
-    )
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#93c5fd", linewidth=0.7, label="each step's images")
     axes.plot(*zip(*tests, strict=True), color="#1d4ed8", linewidth=2, label="test images")
     axes.set(yscale="log", xlabel="step")
     axes.set_title("loss", fontsize=10, loc="left")
@@ -166,9 +148,8 @@ def plot(losses: list[float], tests: list[tuple[int, float]], change: Array, pat
     axes.grid(alpha=0.25)
     side, across = (int(np.ceil(n**0.5)) for n in change.T.shape)
     right.suptitle("what training added to the first layer's weights", fontsize=10)
-    for panel, unit in zip(
-        right.subplots(across, across, squeeze=False).flat, change, strict=False
-    ):
+    panels = right.subplots(across, across, squeeze=False).flat
+    for panel, unit in zip(panels, change, strict=False):
         largest = np.abs(unit).max()
         panel.imshow(unit.reshape(side, side), cmap="RdBu_r", vmin=-largest, vmax=largest)
     for panel in right.axes:
@@ -178,17 +159,21 @@ def plot(losses: list[float], tests: list[tuple[int, float]], change: Array, pat
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A network in NumPy whose final layer is ours.")
-    parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
-    parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's four files")
+    parser.add_argument("--data", default="digits", help="fashion-mnist, or a folder of IDX files")
     parser.add_argument("--hidden", type=int, nargs="*", default=[64, 64], metavar="UNITS")
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=0.02, help="of learning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="PATH", help="where to write the figure (.png or .svg)")
     args = parser.parse_args(argv)
-    x, target, test_x, test_target = images(args.data, args.data_dir, args.seed)
-    sizes = (x.shape[1], *args.hidden, 10)
+    if args.plot and not Path(args.plot).parent.is_dir():
+        parser.error(f"--plot: there is no folder {Path(args.plot).parent}")
+    try:
+        x, target, test_x, test_target = images(args.data, args.seed)
+    except InputError as error:
+        parser.error(str(error))
+    sizes = (x.shape[1], *args.hidden, int(target.max()) + 1)
 
     print("relative distance from differences of the loss, by layer")
     print(f"{'':14}{'a − â':>9}{'â − a':>9}")
@@ -201,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     losses: list[float] = []
     tests = [(1, evaluate(layers, test_x, test_target)[0])]
     print(f"\n{'epoch':>5}{'loss':>10}{'test loss':>11}{'test accuracy':>15}")
-    training = train(layers, x, target, args.epochs, args.batch_size, args.rate, args.seed)
+    training = train(layers, x, target, args.epochs, args.batch, args.rate, args.seed)
     for epoch, found in enumerate(training, 1):
         test_loss, accuracy = evaluate(layers, test_x, test_target)
         losses += found
