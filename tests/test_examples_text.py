@@ -79,7 +79,7 @@ def test_words_are_learnt_from_training_files_alone(result, parts):
 
 def test_c_is_that_of_the_least_held_out_loss(result):
     best = min(result.path, key=lambda step: step[1])
-    assert result.model.C == best[0]
+    assert best[0] == result.model.C
     assert len(result.path) >= 2
 
 
