@@ -31,7 +31,7 @@ try:
     from rich.console import Console
     from rich.table import Table
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.metrics import confusion_matrix, log_loss
+    from sklearn.metrics import confusion_matrix
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.naive_bayes import MultinomialNB
 except ModuleNotFoundError as error:
@@ -162,11 +162,11 @@ def new_words() -> TfidfVectorizer:
 
 def judge(model: Any, features: Any, pieces: Pieces) -> tuple[float, float]:
     """Return the mean loss and the accuracy of any model of scikit-learn's kind."""
-    probability = model.predict_proba(features).astype(np.float64)
-    probability /= probability.sum(axis=1, keepdims=True)  # to float64's 1, which log_loss asks for
+    log_prob = model.predict_log_proba(features)  # (N, V): few columns
+    own = np.searchsorted(model.classes_, pieces.package)
     return (
-        float(log_loss(pieces.package, probability, labels=model.classes_)),
-        float((model.classes_[probability.argmax(axis=1)] == pieces.package).mean()),
+        float(-log_prob[np.arange(len(pieces)), own].mean()),
+        float((log_prob.argmax(axis=1) == own).mean()),
     )
 
 

@@ -103,7 +103,7 @@ def test_a_probe_copies_no_mapped_features(probes, tmp_path):
 def test_command_line_and_page(probes, idx_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     figure = tmp_path / "figure.svg"
-    given = "--epochs 1 --labels 100 50 --data-dir".split()
+    given = ["--epochs", "1", "--labels", "100", "50", "--data-dir"]
     probes.main([*given, str(idx_folder), "--plot", str(figure)])
     lines = capsys.readouterr().out.splitlines()
     page = PAGE.read_text(encoding="utf-8")
