@@ -55,6 +55,10 @@ def test_descriptions_are_a_network_s_layers_before_and_after(probes, halves, ne
         not a.equal(b) for a, b in zip(start.parameters(), trained.parameters(), strict=True)
     )
     assert networks["2nd convolution, trained"](images).equal(trained[:2](images))
+    again = probes.network(0)
+    probes.train(again, halves[0], epochs=2, seed=0)
+    for a, b in zip(trained.parameters(), again.parameters(), strict=False):
+        assert a.equal(b)
 
 
 def test_training_learns_the_known_classes(probes, halves):
