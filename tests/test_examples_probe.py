@@ -91,7 +91,7 @@ def test_a_probe_chooses_c_without_the_test_images(probes):
 
 def test_a_probe_copies_no_mapped_features(probes, tmp_path):
     """Of 64 MB: all but a few columns are zeros, so that the fits are short."""
-    shape = (8000, 2000)
+    shape = (40_000, 400)
     written = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, shape)
     target = np.arange(len(written)) % 5
     rng = np.random.default_rng(1)
