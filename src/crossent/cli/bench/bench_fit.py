@@ -193,10 +193,11 @@ def _fitted(
             return fit_process.fit(folder, solver.name, tol, threads, limits)
 
         able = [solver for solver in solvers if solver.name not in skipped]
-        climbs, _ = contest(
+        climbs = contest(
             problem,
             able,
             fit,
+            TOLERANCES[1::2] if settings.quick else TOLERANCES,
             settings.effort(),
             lambda text: status.update(f"{task.name}: {text}"),
         )

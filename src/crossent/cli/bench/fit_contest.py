@@ -27,7 +27,7 @@ from crossent.cli.bench.fit_tasks import FitProblem
 from crossent.cli.bench.timing import Effort
 
 SLACK = 1e-6
-TOLERANCES = tuple(float(f"1e-{k}") for k in range(2, 9))
+TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _SETTLED = SLACK / 10
 _BLOCK = 2**20  # logits at a time
 
@@ -106,12 +106,11 @@ def contest(
     problem: FitProblem,
     solvers: Sequence[Solver],
     fit: Fit,
+    tolerances: Sequence[float],
     effort: Effort,
     tell: Callable[[str], object],
-) -> tuple[list[Climb], Step | None]:
-    """Return what each solver did, and the fit whose objective all are to reach.
-
-    That is the lowest of the peers'; of all where no peer came to an end.
+) -> list[Climb]:
+    """Return what each solver did.
 
     Parameters
     ----------
@@ -119,6 +118,8 @@ def contest(
     solvers : sequence of Solver
     fit : callable
         Makes a fit; raises `Unfinished`.
+    tolerances : sequence of float
+        The largest first.
     effort : Effort
         How often the fits that count are made.
     tell : callable
@@ -134,7 +135,7 @@ def contest(
         value = objective(problem, done.fitted)
         return Step(tol, done.seconds, done.nbytes, done.fitted.iterations, value)
 
-    for tol in TOLERANCES:
+    for tol in tolerances:
         for climb in draw.sample(climbs, len(climbs)):
             if climb.ended:
                 continue
@@ -147,13 +148,16 @@ def contest(
     goal = target(climbs)
     if goal is not None:
         for climb in climbs:
-            _find(climb, goal, lambda tol, climb=climb: step(climb, tol))
+            _find(climb, goal, step)
         _again([climb for climb in climbs if climb.reached], step, effort, draw)
-    return climbs, goal
+    return climbs
 
 
 def target(climbs: Sequence[Climb]) -> Step | None:
-    """Return the lowest fit of the peers, of all where no peer came to an end."""
+    """Return the fit whose objective all are to reach.
+
+    That is the lowest of the peers', of all where no peer came to an end.
+    """
     lowest = [(climb.solver.kind != "peer", climb.lowest) for climb in climbs]
     found = [(ours, step) for ours, step in lowest if step is not None]
     peers = [step for ours, step in found if not ours] or [step for _, step in found]
@@ -165,20 +169,19 @@ def near(step: Step, goal: Step) -> bool:
     return step.objective - goal.objective <= SLACK * abs(goal.objective)
 
 
-def _find(climb: Climb, goal: Step, step: Callable[[float], Step]) -> None:
+def _find(climb: Climb, goal: Step, step: Callable[[Climb, float], Step]) -> None:
     """Set the first fit that is near enough, having tried half a decade more."""
     first = next((k for k, found in enumerate(climb.steps) if near(found, goal)), None)
     if first is None:
         return
     climb.reached = climb.steps[first]
-    if first > 0:
-        try:
-            half = step(3 * climb.reached.tol)
-        except Unfinished:
-            return
-        climb.steps.insert(first, half)
-        if near(half, goal):
-            climb.reached = half
+    try:
+        half = step(climb, float(f"{3 * climb.reached.tol:.0e}"))
+    except Unfinished:
+        return
+    climb.steps.insert(first, half)
+    if near(half, goal):
+        climb.reached = half
 
 
 def _again(

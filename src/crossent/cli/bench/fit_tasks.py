@@ -89,7 +89,7 @@ class FitTask:
 
 def _digits(quick: bool) -> FitProblem:
     found = data.load("digits")
-    return _few(FitProblem(found.features / np.float64(16), found.labels, 1.0), quick, 300)
+    return _few(FitProblem(found.features.astype(np.float64) / 16, found.labels, 1.0), quick, 300)
 
 
 def _fashion_mnist(quick: bool) -> FitProblem:
