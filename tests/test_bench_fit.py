@@ -19,9 +19,9 @@ pytest.importorskip("typer")
 from scipy import sparse
 
 from crossent import cli
-from crossent.cli.bench import bench_fit, fit_contest, fit_process, fit_tasks, show, timing
+from crossent.cli.bench import bench_fit, fit_contest, fit_process, fit_tasks, picture, show, timing
 from crossent.cli.bench.fit_contest import Climb, Step, contest, near, objective
-from crossent.cli.bench.fit_process import Done, Limits, Unfinished
+from crossent.cli.bench.fit_process import Done, Limits, TooLong, Unfinished
 from crossent.cli.bench.fit_results import grouped
 from crossent.cli.bench.fit_solvers import SOLVERS, Fitted
 from crossent.cli.bench.fit_tasks import TASKS, FitProblem, FitTask
@@ -194,6 +194,13 @@ def test_a_problem_comes_back_from_its_files(given, tmp_path):
     assert (type(tiny.features), tiny.dtype) == (type(given.features), given.dtype)
 
 
+def test_a_solver_is_what_its_name_says():
+    found = [(type(each).__name__, each.solver) for each in (s.classifier() for s in SOLVERS)]
+    ours, theirs = "SoftmaxClassifier", "LogisticRegression"
+    assert found[:2] == [(ours, "newton-cg"), (ours, "lbfgs")]
+    assert found[2:] == [(theirs, name.removeprefix("sklearn-")) for name in NAMES[2:]]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 def test_every_solver_finds_the_minimum_in_the_dtype(solver, dtype):
@@ -241,7 +248,7 @@ def climbed(monkeypatch, script, tolerances=(1e-3, 1e-4, 1e-5, 1e-6), effort=ONC
         asked.append((solver.name, tol))
         answer = script[solver.name].get(tol)
         if answer is None:
-            raise Unfinished("takes more than 9 s")
+            raise TooLong("takes more than 9 s")
         return done(answer, seconds=1e-4 / tol, nbytes=len(asked))
 
     solvers = [BY_NAME[name] for name in script]
@@ -254,7 +261,7 @@ OURS, LBFGS, NEWTON = NAMES[0], NAMES[2], NAMES[3]
 
 def test_the_first_tolerance_that_is_near_enough_counts(monkeypatch):
     script = {
-        OURS: {1e-3: 2.0, 3e-4: 1.1, 1e-4: 1.000_000_9, 1e-5: 0.99, 1e-6: 0.5},
+        OURS: {1e-3: 2.0, 3e-4: 1.1, 1e-4: 1.000_000_9, 1e-5: 0.5, 1e-6: None},
         LBFGS: {1e-3: 2.0, 1e-4: 1.5, 1e-5: 1.000_001_1, 3e-6: 1.000_000_9, 1e-6: 1.0},
         NEWTON: {1e-3: 1.7, 1e-4: 1.6, 1e-5: None},
     }
@@ -262,9 +269,11 @@ def test_the_first_tolerance_that_is_near_enough_counts(monkeypatch):
     reached = {name: climb.reached and climb.reached.tol for name, climb in climbs.items()}
     assert reached == {OURS: 1e-4, LBFGS: 3e-6, NEWTON: None}
     assert climbs[NEWTON].ended == "takes more than 9 s at tolerance 1e-05"
+    late = a_group(climbs.values()).beyond()
+    assert [(each.name, each.timing.median) for each in late] == [(NEWTON, 9.0)]
     goal = fit_contest.target(list(climbs.values()))
     assert goal == climbs[LBFGS].steps[-1]  # ours went lower, but scikit-learn's is the goal
-    assert [step.tol for step in climbs[OURS].steps] == [1e-3, 3e-4, 1e-4, 1e-5, 1e-6]
+    assert [step.tol for step in climbs[OURS].steps] == [1e-3, 3e-4, 1e-4, 1e-5]
 
 
 def test_a_solver_stops_where_tolerances_gain_nothing(monkeypatch):
@@ -335,7 +344,7 @@ def test_a_process_fits_as_we_do(folder, name):
 
 
 def test_who_takes_too_long_is_ended(folder):
-    with pytest.raises(Unfinished, match=r"^takes more than 1e-05 s$"):
+    with pytest.raises(TooLong, match=r"^takes more than 1e-05 s$"):
         fit_process.fit(folder, NAMES[2], 1e-8, 1, Limits(1e-5, 2**30))
 
 
@@ -374,7 +383,7 @@ def test_a_process_is_told_its_threads(folder, monkeypatch):
 
 def climb(name, *steps, ended="", reached=None):
     given = [Step(*step) for step in steps]
-    found = Climb(BY_NAME[name], given, ended, None, [], "by hand")
+    found = Climb(BY_NAME[name], given, ended, bool(ended), how="by hand")
     if reached is not None:
         found.reached = given[reached]
         found.again = [found.reached]
@@ -391,7 +400,7 @@ CLIMBS = (
 
 def a_group(climbs=CLIMBS, name="small"):
     task = FitTask(name, "a small task", "Made by hand.", lambda quick: problem())
-    return grouped(task, problem(), list(climbs), {})
+    return grouped(task, problem(), list(climbs), {}, 9.0)
 
 
 def a_report(*groups):
@@ -429,3 +438,10 @@ def test_the_picture_is_drawn_for_any_groups(tmp_path):
     for k, groups in enumerate(([a_group(), alone], [alone], [])):
         draw(a_report(*groups), tmp_path / f"{k}.png")
         assert (tmp_path / f"{k}.png").stat().st_size > 1000
+
+
+def test_who_took_too_long_is_drawn_with_an_arrow(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(picture, "_arrow", lambda axes, place, each, unit: drawn.append(each.name))
+    draw(a_report(a_group(), a_group(CLIMBS[:3])), tmp_path / "drawn.png")
+    assert drawn == [NAMES[4]]

@@ -40,7 +40,8 @@ WORDS = Words(
     axis="best peer",
     axis_text="the fastest of scikit-learn's solvers",
     title="Softmax regression to the same objective",
-    caption="Who is missing took more than the limits, or did not come near enough.",
+    caption="An arrow: not there within the limit on time. Who is missing needs more memory, or "
+    "did not come near enough.",
     packages=("numpy", "scipy", "scikit-learn"),
     ratios='The first columns are of `SoftmaxClassifier`\'s "newton-cg", those named lbfgs of its '
     '"lbfgs". A dash: one of the two has no time, and the tables below say why.',
@@ -201,4 +202,4 @@ def _fitted(
             settings.effort(),
             lambda text: status.update(f"{task.name}: {text}"),
         )
-    return grouped(task, problem, climbs, skipped)
+    return grouped(task, problem, climbs, skipped, limits.seconds)

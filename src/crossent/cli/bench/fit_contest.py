@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from crossent.cli.bench.fit_process import Done, Unfinished
+from crossent.cli.bench.fit_process import Done, TooLong, Unfinished
 from crossent.cli.bench.fit_solvers import Fitted, Solver
 from crossent.cli.bench.fit_tasks import FitProblem
 from crossent.cli.bench.timing import Effort
@@ -56,6 +56,8 @@ class Climb:
         Each tolerance that ended, the largest first.
     ended : str
         Why no smaller tolerance was tried.
+    late : bool
+        Because a fit took too long.
     reached : Step, optional
         The first that is near enough.
     again : list of Step
@@ -67,6 +69,7 @@ class Climb:
     solver: Solver
     steps: list[Step] = field(default_factory=list)
     ended: str = ""
+    late: bool = False
     reached: Step | None = None
     again: list[Step] = field(default_factory=list)
     how: str = ""
@@ -143,6 +146,7 @@ def contest(
                 climb.steps.append(step(climb, tol))
             except Unfinished as why:
                 climb.ended = f"{why} at tolerance {tol:.0e}"
+                climb.late = isinstance(why, TooLong)
             else:
                 climb.ended = "settled" if climb.settled() else ""
     goal = target(climbs)

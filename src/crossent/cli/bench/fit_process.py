@@ -62,6 +62,10 @@ class Unfinished(Exception):  # noqa: N818  (an answer, not an error)
     """A fit came to no end; the text says why."""
 
 
+class TooLong(Unfinished):
+    """A fit took more than its seconds."""
+
+
 def fit(folder: Path, solver: str, tol: float, threads: int, limits: Limits) -> Done:
     """Return what a fit of the problem in `folder` came to, made by a child.
 
@@ -90,7 +94,7 @@ def fit(folder: Path, solver: str, tol: float, threads: int, limits: Limits) -> 
     except (subprocess.TimeoutExpired, OSError) as error:
         raise Unfinished(f"failed: {type(error).__name__}") from None
     if done.returncode == -signal.SIGALRM:
-        raise Unfinished(f"takes more than {limits.seconds:g} s")
+        raise TooLong(f"takes more than {limits.seconds:g} s")
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -42,6 +42,8 @@ class FitGroup(Group):
         The most bytes that such a fit added.
     memory_how : str
         How that was measured.
+    late : tuple of Timed
+        Who took too long before coming near enough, at the limit.
     """
 
     features: int = 1
@@ -57,6 +59,7 @@ class FitGroup(Group):
     reached: dict[str, Step] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     memory_how: str = ""
+    late: tuple[Timed, ...] = ()
 
     @property
     def sizes(self) -> str:
@@ -71,6 +74,10 @@ class FitGroup(Group):
     def left_out(self) -> dict[str, str]:
         """Return everybody without a time: who takes too long is a result as well."""
         return self.skipped
+
+    def beyond(self) -> tuple[Timed, ...]:
+        """Return who would have taken longer than the limit."""
+        return self.late
 
     def rivals(self, ours: Timed) -> dict[str, Timed | None]:
         """Return none beside the peers."""
@@ -113,9 +120,24 @@ class FitGroup(Group):
 
 
 def grouped(
-    task: FitTask, problem: FitProblem, climbs: Sequence[Climb], skipped: dict[str, str]
+    task: FitTask,
+    problem: FitProblem,
+    climbs: Sequence[Climb],
+    skipped: dict[str, str],
+    limit: float,
 ) -> FitGroup:
-    """Return what is kept of a task's contest; `skipped` says who did not take part, and why."""
+    """Return what is kept of a task's contest.
+
+    Parameters
+    ----------
+    task : FitTask
+    problem : FitProblem
+    climbs : sequence of Climb
+    skipped : dict
+        Who did not take part, and why.
+    limit : float
+        The seconds that a fit might take.
+    """
     goal = target(climbs)
     everybody = [(climb, step) for climb in climbs for step in climb.steps]
     lowest = min(everybody, key=lambda pair: pair[1].objective, default=None)
@@ -129,7 +151,11 @@ def grouped(
         dtype=problem.dtype,
         task="fit",
         nbytes=problem.nbytes,
-        times=tuple(_timed(climb) for climb in climbs if climb.reached),
+        times=tuple(
+            _timed(climb, [step.seconds for step in climb.again])
+            for climb in climbs
+            if climb.reached
+        ),
         skipped=skipped | {c.solver.name: _why(c, goal) for c in climbs if not c.reached},
         features=columns,
         density=problem.density,
@@ -143,13 +169,13 @@ def grouped(
         reached={name: steps[0] for name, steps in reached.items()},
         memory={name: max(step.nbytes for step in steps) for name, steps in reached.items()},
         memory_how="; ".join(dict.fromkeys(climb.how for climb in climbs if climb.how)),
+        late=tuple(_timed(c, [limit]) for c in climbs if c.late and not c.reached),
     )
 
 
-def _timed(climb: Climb) -> Timed:
+def _timed(climb: Climb, seconds: list[float]) -> Timed:
     solver = climb.solver
-    seconds = summary([step.seconds for step in climb.again], 1)
-    return Timed(solver.name, solver.title, solver.kind, "fresh", seconds)
+    return Timed(solver.name, solver.title, solver.kind, "fresh", summary(seconds, 1))
 
 
 def _why(climb: Climb, goal: Step | None) -> str:

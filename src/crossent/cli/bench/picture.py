@@ -96,6 +96,8 @@ def _line(axes: Axes, place: int, group: Group, words: Words) -> None:
             label=_legend_label(each, group),
             zorder=4 if ours else 3,
         )
+    for each in group.beyond():
+        _arrow(axes, place, each, unit)
     marked = group.base(words.mark[0]) if words.mark else None
     if marked is not None and words.mark:
         _tick(axes, place, marked.timing.median / unit, words.mark[1])
@@ -131,6 +133,26 @@ def _tick(axes: Axes, place: int, value: float, called: str) -> None:
         color=_MUTED,
         label=called,
         zorder=2,
+    )
+
+
+def _arrow(axes: Axes, place: int, timed: Timed, unit: float) -> None:
+    """Draw one who took longer than was allowed, hollow, with an arrow to the right."""
+    marker, colour, size = _look(timed)
+    at = timed.timing.median / unit
+    axes.plot(
+        [at],
+        [place],
+        linestyle="",
+        marker=marker,
+        markersize=size,
+        markerfacecolor="white",
+        markeredgecolor=colour,
+        label=label(timed),
+        zorder=3,
+    )
+    axes.annotate(
+        "→", (at, place), (size / 2, 0), textcoords="offset points", va="center", color=colour
     )
 
 

@@ -79,6 +79,10 @@ class Group:
         """Return who is to be named on the console for having no time, and why."""
         return {name: why for name, why in self.skipped.items() if why.startswith("failed")}
 
+    def beyond(self) -> tuple[Timed, ...]:
+        """Return who took longer than was allowed: no times, but what they are above."""
+        return ()
+
     def extra_heads(self) -> tuple[str, ...]:
         """Return what else a table of times tells of a contender."""
         return ()
