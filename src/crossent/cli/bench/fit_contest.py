@@ -29,7 +29,7 @@ from crossent.cli.bench.timing import Effort
 SLACK = 1e-6
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _SETTLED = SLACK / 10
-_BLOCK = 2**20  # logits at a time
+_BLOCK = 2**20  # logits, or numbers of X, at a time
 
 Fit = Callable[[Solver, float], Done]
 
@@ -94,8 +94,8 @@ def objective(problem: FitProblem, fitted: Fitted) -> float:
     from scipy.special import logsumexp
 
     coef, intercept = fitted.coef.astype(np.float64), fitted.intercept.astype(np.float64)
-    rows, _, classes = problem.sizes
-    size = max(_BLOCK // classes, 1)
+    rows, columns, classes = problem.sizes
+    size = max(_BLOCK // max(classes, round(columns * problem.density)), 1)
     total = 0.0
     for begin in range(0, rows, size):
         block = slice(begin, begin + size)
