@@ -280,7 +280,7 @@ def test_a_solver_stops_where_tolerances_gain_nothing(monkeypatch):
     flat = {1e-3: 1.0, 1e-4: 1.0 - 0.9e-7, 1e-5: 1.0 - 1.8e-7, 3e-3: 2.0}
     steep = {1e-3: 1.0, 1e-4: 1.0 - 1.2e-7, 1e-5: 1.0 - 2.0e-7, 1e-6: 1.0 - 2.1e-7, 3e-3: 2.0}
     climbs, asked = climbed(monkeypatch, {LBFGS: flat, NEWTON: steep})
-    assert (LBFGS, 1e-6) not in asked
+    assert [tol for name, tol in asked if name == LBFGS] == [1e-3, 1e-4, 1e-5, 3e-3]
     assert (NEWTON, 1e-6) in asked
     assert climbs[LBFGS].ended == climbs[NEWTON].ended == "settled"
 
