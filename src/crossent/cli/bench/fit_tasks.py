@@ -124,7 +124,7 @@ def _library_text(quick: bool) -> FitProblem:
         snippets += found[::step]
         labels += [number] * len(found[::step])
     words = TfidfVectorizer(lowercase=False, min_df=2, sublinear_tf=True, dtype=np.float64)
-    return FitProblem(words.fit_transform(snippets), np.array(labels, np.int64), 10.0)
+    return FitProblem(words.fit_transform(snippets), np.array(labels, np.int64), 1.0)
 
 
 def library_snippets(folder: Path) -> Iterator[tuple[str, str]]:
@@ -159,7 +159,7 @@ TASKS = (
         "text, large sparse vocabulary",
         "Which package or module of Python's standard library ten lines come from (those with at "
         "least 100 such pieces): TF-IDF, sublinear, of the words that at least two pieces have, in "
-        "CSR; C = 10. The sizes depend on the version of Python.",
+        "CSR; C = 1. The sizes depend on the version of Python.",
         _library_text,
     ),
     FitTask(
