@@ -40,8 +40,7 @@ WORDS = Words(
     axis="best peer",
     axis_text="the fastest of scikit-learn's solvers",
     title="Softmax regression to the same objective",
-    caption="An arrow: not there within the limit on time. Who is missing needs more memory, or "
-    "did not come near enough.",
+    caption="An arrow: over the limit on time. Missing: not near enough, or too much memory.",
     packages=("numpy", "scipy", "scikit-learn"),
     ratios='The first columns are of `SoftmaxClassifier`\'s "newton-cg", those named lbfgs of its '
     '"lbfgs". A dash: one of the two has no time, and the tables below say why.',
