@@ -53,6 +53,7 @@ WORDS = Words(
     first="data",
     halves=False,
 )
+_QUICK = 10.0  # seconds
 METHOD = (
     "Everybody minimises C Σ λ + ½‖W‖² from zero, in the dtype of X, intercepts without penalty. "
     "What is to be reached is the lowest objective of scikit-learn's solvers at any tolerance, and "
@@ -111,8 +112,9 @@ class FitSettings:
         return Effort(0.0, 1, 1) if self.quick else Effort(self.seconds, 1, 5)
 
     def limits(self) -> Limits:
-        """Return what a fit may take; no more memory than is free."""
-        return Limits(self.limit, min(self.memory * 2**30, available_bytes()))
+        """Return what a fit may take; no more memory than is free, in a quick run less time."""
+        seconds = min(self.limit, _QUICK) if self.quick else self.limit
+        return Limits(seconds, min(self.memory * 2**30, available_bytes()))
 
 
 def run(settings: FitSettings, console: Console) -> Report:
@@ -147,7 +149,7 @@ def run(settings: FitSettings, console: Console) -> Report:
             group = _fitted(task, problem, solvers, threads, settings, console)
             console.print(show.block(group, WORDS))
             groups.append(group)
-    limits = f" A fit may take {settings.limit:g} s and {settings.memory:g} GB."
+    limits = f" A fit may take {settings.limits().seconds:g} s and {settings.memory:g} GB."
     report = Report(
         words=WORDS,
         date=now(),
