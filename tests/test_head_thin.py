@@ -1,6 +1,10 @@
 """The fused head with few classes, one pass over the features: any shape, any instruction set."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -122,6 +126,48 @@ def test_threads_and_neighbours_change_no_bit():
     some = VALUE_AND_GRAD(x[500:533], w, target[500:533], **options)
     assert np.array_equal(some.loss, found[0].loss[500:533])
     assert np.array_equal(some.grad.input, found[0].grad.input[500:533])
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_a_signal_handler_may_call_in_the_middle_of_a_pass():
+    """A pass asks for signals while it holds the memory that a block's logits will lie in."""
+    program = """
+import signal
+import numpy as np
+import crossent
+
+crossent.set_num_threads(1)
+rng = np.random.default_rng(0)
+row, w = rng.standard_normal(200, np.float32), rng.standard_normal((5, 200), np.float32)
+x, target = np.broadcast_to(row, (1_000_000, 200)), np.arange(1_000_000) % 5
+small, classes, calls = np.ones((300, 8)), np.ones((64, 8)), 0
+
+def handler(*_):
+    global calls
+    calls += 1
+    # Of more classes, it needs more memory.
+    crossent.linear_cross_entropy_value_and_grad(small, classes, np.zeros(300, int))
+
+def long_call():
+    return crossent.linear_cross_entropy_value_and_grad(x, w, target, wrt="linear_weight")
+
+wanted = long_call()
+signal.signal(signal.SIGALRM, handler)
+for k in range(6):
+    signal.setitimer(signal.ITIMER_REAL, 0.01 * (k + 1))
+    found = long_call()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert found.loss == wanted.loss
+    assert np.array_equal(found.grad.linear_weight, wanted.grad.linear_weight)
+assert calls > 0
+"""
+    # Memory that is freed is unmapped at once: to use it is to crash.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TOP_PAD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
