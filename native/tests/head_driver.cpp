@@ -312,7 +312,7 @@ constexpr int64_t kProducts[][3] = {{8, 0, 8},      {1, 1, 1},      {5, 3, 7},  
 // The packed side goes in slabs.
 constexpr int64_t kLong[3] = {530, 800, 530};
 // (N, D): rows in one block and in several, of one slot and of all.
-constexpr int64_t kPasses[][2] = {{1, 1}, {7, 5}, {300, 37}, {500, 96}, {600, 1}};
+constexpr int64_t kPasses[][2] = {{1, 1}, {7, 5}, {300, 37}, {500, 96}, {4000, 3}};
 constexpr int64_t kClasses[] = {1, 2, 9, 17, 40, 64};
 constexpr Target kTargets[] = {Target::kIndex, Target::kDistribution, Target::kSparse};
 
