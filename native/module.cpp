@@ -313,12 +313,19 @@ char* output_of(const ThinJob& job, const Array& array, int64_t rows, int64_t co
   return static_cast<char*>(array.data());
 }
 
-// The losses or their sum, as of cross_entropy, of x wᵀ + bias; the gradients to dx, dw and db,
-// (1, V).
-nb::object thin_head(const ReadOnly& x, const ReadOnly& w, const std::optional<ReadOnly>& bias,
-                     const nb::tuple& list, bool each, const std::optional<Array>& dx,
-                     const std::optional<Array>& dw, const std::optional<Array>& db,
-                     bool accumulate) {
+// One number a class, for a thin head.
+const void* classes_of(const ThinJob& job, const ReadOnly& array) {
+  const int64_t V = job.w.rows;
+  require(array.ndim() == 1 && static_cast<int64_t>(array.shape(0)) == V &&
+              (array.stride(0) == 1 || V == 1),
+          "expected one bias a class");
+  require(dtype_of(array.dtype()) == output_dtype(job), "expected a bias of the pass's dtype");
+  return array.data();
+}
+
+// Of the layer x wᵀ + bias; the gradients in its weights go to dw and db, (1, V).
+ThinJob thin_job(const ReadOnly& x, const ReadOnly& w, const std::optional<ReadOnly>& bias,
+                 const std::optional<Array>& dw, const std::optional<Array>& db, bool accumulate) {
   ThinJob job;
   job.x = matrix_of(x);
   job.w = matrix_of(w);
@@ -326,15 +333,8 @@ nb::object thin_head(const ReadOnly& x, const ReadOnly& w, const std::optional<R
   require(job.w.cols == D && V >= 1, "expected weights of at least one class and x's features");
   job.wide = job.x.dtype == Dtype::kFloat64 || job.w.dtype == Dtype::kFloat64;
   require(thin(V, D, job.wide), "expected fewer classes or features");
-  if (bias) {
-    require(bias->ndim() == 1 && static_cast<int64_t>(bias->shape(0)) == V &&
-                (bias->stride(0) == 1 || V == 1),
-            "expected one bias a class");
-    require(dtype_of(bias->dtype()) == output_dtype(job), "expected a bias of the pass's dtype");
-    job.bias = bias->data();
-  }
+  if (bias) job.bias = classes_of(job, *bias);
   int64_t unused = 0;
-  if (dx) job.dx = output_of(job, *dx, n, D, &job.dx_stride);
   if (dw) job.dw = output_of(job, *dw, V, D, &job.dw_stride);
   if (db) job.db = output_of(job, *db, 1, V, &unused);
   job.accumulate = accumulate;
@@ -343,17 +343,52 @@ nb::object thin_head(const ReadOnly& x, const ReadOnly& w, const std::optional<R
   rows.logits.outer = 1;
   rows.logits.classes = V;
   rows.logits.inner = rows.n_rows = n;
-  const Plan plan(rows, list);
-  double total = 0;
-  nb::object losses;
-  if (each) losses = new_array<double>(n, &rows.loss);
-  Outcome outcome = Outcome::kDone;
-  if (n != 0) {
+  return job;
+}
+
+void run_released(const ThinJob& job, double* total) {
+  if (job.x.rows == 0) return;
+  Outcome outcome;
+  {
     nb::gil_scoped_release release;
-    outcome = run_thin(job, each ? nullptr : &total, poll_signals, nullptr);
+    outcome = run_thin(job, total, poll_signals, nullptr);
   }
   raise_unless_done(outcome);
+}
+
+// The losses or their sum, as of cross_entropy, and the gradients, that in x to dx.
+nb::object thin_head(const ReadOnly& x, const ReadOnly& w, const std::optional<ReadOnly>& bias,
+                     const nb::tuple& list, bool each, const std::optional<Array>& dx,
+                     const std::optional<Array>& dw, const std::optional<Array>& db,
+                     bool accumulate) {
+  ThinJob job = thin_job(x, w, bias, dw, db, accumulate);
+  if (dx) job.dx = output_of(job, *dx, job.x.rows, job.x.cols, &job.dx_stride);
+  const Plan plan(job.rows, list);
+  double total = 0;
+  nb::object losses;
+  if (each) losses = new_array<double>(job.x.rows, &job.rows.loss);
+  run_released(job, each ? nullptr : &total);
   return each ? losses : nb::float_(total);
+}
+
+// The Hessian times directions in w and bias, x held fixed.
+void thin_hvp(const ReadOnly& x, const ReadOnly& w, const std::optional<ReadOnly>& bias,
+              const nb::tuple& list, const std::optional<ReadOnly>& along_w,
+              const std::optional<ReadOnly>& along_bias, const std::optional<Array>& dw,
+              const std::optional<Array>& db, bool accumulate) {
+  ThinJob job = thin_job(x, w, bias, dw, db, accumulate);
+  require(along_w || along_bias, "expected a direction");
+  if (along_w) {
+    job.along_w = matrix_of(*along_w);
+    require(job.along_w.rows == job.w.rows && job.along_w.cols == job.w.cols,
+            "expected a direction of the weights' shape");
+    require(job.wide || job.along_w.dtype != Dtype::kFloat64,
+            "expected a direction of the pass's dtype");
+  }
+  if (along_bias) job.along_bias = classes_of(job, *along_bias);
+  const Plan plan(job.rows, list);
+  job.rows.task = Task::kHvp;
+  run_released(job, nullptr);
 }
 
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -386,6 +421,9 @@ NB_MODULE(_native, m) {
   m.def("thin_head", thin_head, "x"_a.noconvert(), "w"_a.noconvert(), "bias"_a.noconvert().none(),
         "plan"_a, "each"_a, "dx"_a.noconvert().none(), "dw"_a.noconvert().none(),
         "db"_a.noconvert().none(), "accumulate"_a);
+  m.def("thin_hvp", thin_hvp, "x"_a.noconvert(), "w"_a.noconvert(), "bias"_a.noconvert().none(),
+        "plan"_a, "along_w"_a.noconvert().none(), "along_bias"_a.noconvert().none(),
+        "dw"_a.noconvert().none(), "db"_a.noconvert().none(), "accumulate"_a);
   m.def("thin", thin, "n_classes"_a, "n_features"_a, "wide"_a);
   m.def("copy_bytes", copy, "out"_a.noconvert(), "source"_a.noconvert(), "streaming"_a);
   m.def("num_threads", num_threads);

@@ -18,7 +18,7 @@ constexpr int64_t kMostClasses = 64;
 // Of the features in a block: with the weights and the slot's gradient they stay in the L2 cache.
 constexpr int64_t kBlockBytes = int64_t{1} << 17, kMostRows = 240;
 constexpr int64_t kTileFeatures = 96;
-constexpr int kLogits = 8, kPacked = 9, kLosses = 7;  // scratch
+constexpr int kLogits = 8, kPacked = 9, kLosses = 7, kGradient = 10;  // scratch
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,6 +41,7 @@ class Thin {
         V_(job.w.rows),
         panels_(ceiling(V_, kernels_.panel)),
         width_(panels_ * kernels_.panel),
+        sets_(job.along_w.data ? 2 : 1),
         poll_(poll),
         poll_context_(poll_context) {
     job_.rows.no_memory = &no_memory_;
@@ -84,34 +85,44 @@ class Thin {
   }
 
   bool prepare() {
-    weights_ = allocate(width_ * D_ * kSize);
-    bias_ = allocate(width_ * kSize);
+    weights_ = allocate(sets_ * width_ * D_ * kSize);
+    bias_ = allocate(2 * width_ * kSize);
     if (job_.dw) gradients_ = allocate(slots_ * D_ * width_ * kSize);
     if (job_.db) biases_ = allocate(slots_ * width_ * int64_t{sizeof(double)});
     if (job_.dx) across_ = allocate(ceiling(D_, columns_.panel) * columns_.panel * V_ * kSize);
     if (!weights_ || !bias_ || (job_.dw && !gradients_) || (job_.db && !biases_) ||
         (job_.dx && !across_))
       return false;
-    std::memset(bias_.get(), 0, static_cast<size_t>(width_ * kSize));
+    std::memset(bias_.get(), 0, static_cast<size_t>(2 * width_ * kSize));
     if (job_.bias) std::memcpy(bias_.get(), job_.bias, static_cast<size_t>(V_ * kSize));
+    if (job_.along_bias)
+      std::memcpy(along_bias(), job_.along_bias, static_cast<size_t>(V_ * kSize));
+    pack(job_.w, 0);
+    if (sets_ > 1) pack(job_.along_w, 1);
     GemmJob packing;
-    packing.packed = {job_.w.data, job_.w.dtype, V_, job_.w.row_stride, job_.w.col_stride};
-    for (int64_t j = 0; j < panels_; j++)
-      kernels_.pack(packing, 0, D_, j, weights_.get() + j * kernels_.panel * D_ * kSize);
     packing.packed = {job_.w.data, job_.w.dtype, D_, job_.w.col_stride, job_.w.row_stride};
     for (int64_t j = 0; job_.dx && j < ceiling(D_, columns_.panel); j++)
       columns_.pack(packing, 0, V_, j, across_.get() + j * columns_.panel * V_ * kSize);
     return true;
   }
 
+  void pack(const Matrix& w, int64_t set) {
+    GemmJob packing;
+    packing.packed = {w.data, w.dtype, V_, w.row_stride, w.col_stride};
+    const int64_t bytes = kernels_.panel * D_ * kSize;
+    for (int64_t j = 0; j < panels_; j++)
+      kernels_.pack(packing, 0, D_, j, weights_.get() + (set * panels_ + j) * bytes);
+  }
+
   // One slot's rows; returns the sum of their losses.
   double serve(int64_t s, bool sum) {
     const int64_t begin = N_ * s / slots_, end = N_ * (s + 1) / slots_;
-    auto* z = static_cast<char*>(scratch(kLogits, block_ * width_ * kSize));
-    auto* packed =
-        panels_ > 1 && job_.dw ? static_cast<char*>(scratch(kPacked, block_ * width_ * kSize)) : z;
+    const int64_t row = width_ * kSize;
+    auto* z = static_cast<char*>(scratch(kLogits, block_ * sets_ * row));
+    auto* g = sets_ > 1 ? static_cast<char*>(scratch(kGradient, block_ * row)) : z;
+    auto* packed = panels_ > 1 && job_.dw ? static_cast<char*>(scratch(kPacked, block_ * row)) : g;
     auto* losses = static_cast<double*>(scratch(kLosses, block_ * int64_t{sizeof(double)}));
-    if (!z || !packed || !losses) return report_out_of_memory(job_.rows), 0;
+    if (!z || !g || !packed || !losses) return report_out_of_memory(job_.rows), 0;
     if (job_.dw) std::memset(gradient(s), 0, static_cast<size_t>(D_ * width_ * kSize));
     if (job_.db) std::memset(bias_of(s), 0, static_cast<size_t>(width_ * int64_t{sizeof(double)}));
     Total total;
@@ -120,25 +131,32 @@ class Thin {
       Ahead next = ahead(i + n, end);
       logits(i, n, z, next);
       RowJob rows = row_job(job_);
-      View view;
-      view.dtype = rows.logits.dtype;
-      view.outer = 1;
-      view.classes = V_;
-      view.inner = N_;
-      view.class_stride = kSize;
-      view.inner_stride = width_ * kSize;
-      view.data = z - i * view.inner_stride;
-      view.padded = true;
-      rows.logits = view;
-      if (job_.dx || job_.dw || job_.db) rows.out = view;
+      rows.logits = view_of(i, z, sets_ * row);
+      if (rows.task == Task::kHvp)
+        rows.vector = sets_ > 1 ? view_of(i, z + row, sets_ * row) : view_of(i, along_bias(), 0);
+      if (job_.dx || job_.dw || job_.db) rows.out = view_of(i, g, row);
       if (sum) rows.loss = losses, rows.first_loss = i;
       serve_(rows, i, i + n);
       if (sum) total.add(losses, n);
-      if (job_.dw) weight_gradient(i, n, z, packed, gradient(s), next);
-      if (job_.db) bias_gradient(n, z, bias_of(s));
-      if (job_.dx) input_gradient(i, n, z);
+      if (job_.dw) weight_gradient(i, n, g, packed, gradient(s), next);
+      if (job_.db) bias_gradient(n, g, bias_of(s));
+      if (job_.dx) input_gradient(i, n, g);
     }
     return total.value();
+  }
+
+  // Rows of classes, `stride` bytes apart; row i is the first.
+  View view_of(int64_t i, char* data, int64_t stride) const {
+    View view;
+    view.dtype = row_job(job_).logits.dtype;
+    view.outer = 1;
+    view.classes = V_;
+    view.inner = N_;
+    view.class_stride = kSize;
+    view.inner_stride = stride;
+    view.data = data - i * stride;
+    view.padded = true;
+    return view;
   }
 
   // The rows of x that come next in a slot, as far as they are not asked for yet.
@@ -164,15 +182,16 @@ class Thin {
             job_.x.col_stride};
   }
 
+  // A row of z is x Wᵀ + b and, if there is a second set of weights, what follows from that one.
   void logits(int64_t i, int64_t n, char* z, Ahead& next) {
     GemmJob job = product(D_);
     job.streamed = rows_of_x(i, n);
     fetch(job, next, job_.dw ? next.bytes / 2 : next.bytes);
-    job.packed.n = width_;
+    job.packed.n = sets_ * width_;
     job.out = z;
-    job.out_stride = width_;
-    job.bias = job_.bias ? bias_.get() : nullptr;
-    kernels_.tile(job, 0, D_, 0, n, 0, panels_, weights_.get());
+    job.out_stride = sets_ * width_;
+    job.bias = job_.bias || job_.along_bias ? bias_.get() : nullptr;
+    kernels_.tile(job, 0, D_, 0, n, 0, sets_ * panels_, weights_.get());
   }
 
   // The slot's (D, width) += xᵀ g.
@@ -248,6 +267,7 @@ class Thin {
     }
   }
 
+  char* along_bias() const { return bias_.get() + width_ * kSize; }
   char* gradient(int64_t s) const { return gradients_.get() + s * D_ * width_ * kSize; }
   double* bias_of(int64_t s) const { return reinterpret_cast<double*>(biases_.get()) + s * width_; }
 
@@ -255,6 +275,7 @@ class Thin {
   const GemmKernels &kernels_, &columns_;  // V wide; D wide, for the gradient in x
   const RowKernel serve_;
   const int64_t N_, D_, V_, panels_, width_;
+  const int64_t sets_;  // of weights: W, and a direction in it
   bool (*const poll_)(void*);
   void* const poll_context_;
   int64_t block_ = 1, slots_ = 1;  // rows of a block

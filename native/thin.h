@@ -21,12 +21,16 @@ namespace crossent {
 struct ThinJob {
   Matrix x, w;                 // (N, D) and (V, D)
   const void* bias = nullptr;  // (V,), of the outputs' type
-  RowJob rows;                 // of N rows and V classes; its logits and out are the pass's own
+  RowJob rows;                 // of N rows and V classes; its arrays (·, V) are the pass's own
   bool wide = false;           // double, as either of x and w is; else float
   // Gradients, of that type; null: not wanted. They are written, or added to.
   char *dx = nullptr, *dw = nullptr, *db = nullptr;  // (N, D), (V, D), (V,), contiguous rows
   int64_t dx_stride = 0, dw_stride = 0;              // in entries
   bool accumulate = false;                           // dw and db
+  // With the task kHvp it is not the gradients in W and b but the Hessian's, x held fixed, times
+  // this: a direction in w (no data: none) and one in the bias (null: none), of their types.
+  Matrix along_w;                    // (V, D)
+  const void* along_bias = nullptr;  // (V,)
 };
 
 // Are there few enough classes, and room for the slots' gradients?

@@ -13,6 +13,21 @@ SOLVERS = ["lbfgs", "newton-cg"]
 class Quadratic:
     """½ Σ scale·(θ − 1)²."""
 
+    n_rows, shape, rounding = 1, (1, 3), 1e-16
+    cost = 0.0
+
+    def sample(self, n):
+        return self
+
+    def preconditioner(self):
+        return self
+
+    def update(self, theta):
+        pass
+
+    def solve(self, residual):
+        return residual
+
     def value_and_grad(self, theta):
         return float(0.5 * SCALE @ (theta - 1) ** 2), SCALE * (theta - 1)
 

@@ -1,4 +1,4 @@
-"""Minimises a smooth convex objective with SciPy and records how it went."""
+"""Minimises a smooth convex objective and records how it went."""
 
 from __future__ import annotations
 
@@ -6,24 +6,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
-Vector = NDArray[np.float64]
-
-
-class Objective(Protocol):
-    """What is minimised."""
-
-    def value_and_grad(self, theta: Vector) -> tuple[float, Vector]:
-        """Return the value and the gradient at θ."""
-
-    def hvp(self, theta: Vector, direction: Vector) -> Vector:
-        """Return the Hessian at θ times a direction."""
+from crossent._newton import Objective, Vector, minimize_newton
 
 
 class FitRecord(NamedTuple):
@@ -65,11 +54,7 @@ class _Monitor:
             seconds=time.perf_counter() - self.start,
         )
         if not np.isfinite([record.objective, record.gradient_norm]).all():
-            raise ValueError(
-                f"the objective ({value}) or its gradient is not finite at iteration "
-                f"{record.iteration}: the features, or the sample weights, are too large for "
-                "their dtype; scale the features, for example with StandardScaler"
-            )
+            raise self.overflow(f"the objective ({value}) or its gradient", record.iteration)
         self.history.append(record)
         try:
             told_to_stop = self.notify(record, theta)
@@ -79,27 +64,36 @@ class _Monitor:
         if self.stopped:
             raise StopIteration
 
+    @staticmethod
+    def overflow(what: str, iteration: int) -> ValueError:
+        return ValueError(
+            f"{what} is not finite at iteration {iteration}: the features, or the sample weights, "
+            "are too large for their dtype; scale the features, for example with StandardScaler"
+        )
 
-def _solver_arguments(objective: Objective, solver: str, max_iter: int) -> dict[str, Any]:
-    if solver == "newton-cg":
-        return {
-            "method": "trust-ncg",
-            "hessp": objective.hvp,
-            "options": {"maxiter": max_iter, "gtol": 0.0},
-        }
+
+def _minimize_lbfgs(
+    objective: Objective, start: Vector, max_iter: int, monitor: _Monitor
+) -> Vector:
     # gtol: the monitor stops. maxls and ftol are scikit-learn's (1.9, _logistic_regression_path),
     # and no more than maxls + 1 evaluations fit in an iteration.
     maxls = 50
-    return {
-        "method": "L-BFGS-B",
-        "options": {
-            "maxiter": max_iter,
-            "maxfun": 1 + max_iter * (maxls + 1),
-            "maxls": maxls,
-            "gtol": 0.0,
-            "ftol": 64 * np.finfo(np.float64).eps,
-        },
+    options = {
+        "maxiter": max_iter,
+        "maxfun": 1 + max_iter * (maxls + 1),
+        "maxls": maxls,
+        "gtol": 0.0,
+        "ftol": 64 * np.finfo(np.float64).eps,
     }
+    theta: Vector = minimize(
+        objective.value_and_grad,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        callback=monitor,
+        options=options,
+    ).x
+    return theta
 
 
 def minimize_objective(
@@ -116,12 +110,11 @@ def minimize_objective(
     Parameters
     ----------
     objective : Objective
-        Value with gradient, and Hessian-vector product.
     start : ndarray of shape (P,), float64
         Iteration 0.
-    solver : {"lbfgs", "newton-cg"}
-        L-BFGS, which also stops where the objective no longer decreases by more than 64 float64
-        epsilons, or a trust-region Newton method with conjugate gradients.
+    solver : {"newton-cg", "lbfgs"}
+        The inexact Newton method of `minimize_newton`, or SciPy's L-BFGS, which also stops where
+        the objective no longer decreases by more than 64 float64 epsilons.
     tol : float
         Bound on the largest absolute gradient entry.
     max_iter : int
@@ -152,16 +145,17 @@ def minimize_objective(
             monitor(start)
         except StopIteration:
             return Minimum(start, monitor.history)
-        result = minimize(
-            objective.value_and_grad,
-            start,
-            jac=True,
-            callback=monitor,
-            **_solver_arguments(objective, solver, max_iter),
-        )
+        if solver == "lbfgs":
+            theta = _minimize_lbfgs(objective, start, max_iter, monitor)
+        else:
+            try:
+                theta = minimize_newton(objective, start, max_iter=max_iter, callback=monitor)
+            except OverflowError:
+                last = monitor.history[-1].iteration
+                raise monitor.overflow("the direction of the step", last) from None
     if not monitor.stopped:
         _warn_not_converged(monitor.history[-1], solver, tol, max_iter)
-    return Minimum(result.x, monitor.history)
+    return Minimum(theta, monitor.history)
 
 
 def _warn_not_converged(last: FitRecord, solver: str, tol: float, max_iter: int) -> None:

@@ -1,9 +1,8 @@
 """The objective of penalised multinomial logistic regression, ready for an optimiser.
 
-Design: the loss and its gradient in the logits come from ``crossent.cross_entropy_value_and_grad``
-and its second derivative from ``crossent.cross_entropy_hvp``; this file only multiplies by X and by
-W and adds the penalty. Rows are asked for with ``reduction="none"`` and added here in float64, so a
-float32 fit is not stopped by the rounding of a float32 total.
+Design: loss, gradient and Hessian-vector products are the fused head's (`crossent.head`), so no
+array of N·V numbers is ever held; this file only adds the penalty. The head sums the rows' losses
+in float64, so a float32 fit is not stopped by the rounding of a float32 total.
 
 Conventions: N rows, D features, V classes. K weight vectors: V of them, or one where V = 2, whose
 logits are then [0, x·w + b]. The parameter vector is float64: W (K, D) row by row, then b (K,).
@@ -11,26 +10,40 @@ logits are then [0, x·w + b]. The parameter vector is float64: W (K, D) row by 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crossent import cross_entropy_hvp, cross_entropy_value_and_grad
+from crossent import products, rows, softmax
+from crossent._preconditioner import Preconditioner, preconditioner
+from crossent.head import Head, LinearGrad
+from crossent.options import Options
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.floating[Any]]
 
+_WHERE = "SoftmaxClassifier.fit"
+_SAMPLE_SEED = 0
+_CHUNK_NUMBERS = 2**20
 
-def logits(scores: Matrix, out: Matrix | None = None) -> Matrix:
+
+def logits(scores: Matrix) -> Matrix:
     """Return the (N, V) logits of (N, K) scores: [0, score] where K = 1, the scores else."""
     if scores.shape[1] > 1:
         return scores
-    if out is None:
-        out = np.empty((len(scores), 2), scores.dtype)
-    out[:, 0] = 0
-    out[:, 1] = scores[:, 0]
-    return out
+    return np.hstack([np.zeros_like(scores), scores])
+
+
+def class_scores(x: Any, coef: Matrix, intercept: Matrix) -> Matrix:
+    """Return x Wᵀ + b (n, K), the same bits for any number of threads."""
+    if not isinstance(x, np.ndarray):
+        return np.asarray(x @ coef.T + intercept)
+    dtype = np.result_type(x, coef)
+    scores = np.empty((len(x), len(coef)), dtype)
+    products.native(x, coef.T, scores, bias=intercept.astype(dtype))
+    return scores
 
 
 class MultinomialObjective:
@@ -69,23 +82,89 @@ class MultinomialObjective:
         fit_intercept: bool = True,
         label_smoothing: float = 0.0,
     ) -> None:
-        self.X = X
-        self.target = target
-        self.shape = (1 if n_classes == 2 else n_classes, X.shape[1])  # (K, D)
+        total = X.shape[0] if sample_weight is None else sample_weight.sum()
+        self._set(X, target, n_classes, sample_weight, 1.0 / (C * float(total)), label_smoothing)
         self.fit_intercept = fit_intercept
-        self.total_weight = float(X.shape[0] if sample_weight is None else sample_weight.sum())
-        self.ridge = 1.0 / (C * self.total_weight)
-        self._loss_options: dict[str, Any] = {
-            "sample_weight": sample_weight,
-            "label_smoothing": label_smoothing,
-        }
-        self._logits = np.empty((X.shape[0], n_classes), X.dtype)  # (N, V), then its gradient
-        self._last: tuple[Vector, float, Vector] | None = None
-        self._curved_at: tuple[Vector, Matrix] | None = None
 
-    def pack(self, coef: Matrix, intercept: Matrix) -> Vector:
+    def _set(
+        self,
+        X: Any,
+        target: NDArray[Any],
+        n_classes: int,
+        sample_weight: Vector | None,
+        ridge: float,
+        label_smoothing: float,
+    ) -> None:
+        self.X, self.target, self.n_classes = X, target, n_classes
+        self.sample_weight, self.ridge = sample_weight, ridge
+        self.label_smoothing = label_smoothing
+        self.shape = (1 if n_classes == 2 else n_classes, X.shape[1])  # (K, D)
+        self.total_weight = float(X.shape[0] if sample_weight is None else sample_weight.sum())
+        options = Options(
+            sample_weight=sample_weight,
+            label_smoothing=label_smoothing,
+            divisor=self.total_weight,
+        )
+        size = X.shape[0], n_classes
+        self._plan = rows.lower(_WHERE, size, 1, X.dtype, target, options, "the classes' scores")
+        self._last: tuple[Vector, float, Vector] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """N."""
+        return int(self.X.shape[0])
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of F and its gradient, about."""
+        return float(np.finfo(self.X.dtype).eps)
+
+    def sample(self, n: int) -> MultinomialObjective:
+        """Return the objective of n rows drawn without replacement, the same ones at every call.
+
+        Rows without weight are not drawn. The penalty is that of all rows, and where there are no
+        more than n the objective is this one.
+        """
+        drawn = np.arange(self.n_rows)
+        if self.sample_weight is not None:
+            drawn = np.flatnonzero(self.sample_weight)
+        if len(drawn) <= n:
+            return self
+        drawn = np.sort(np.random.default_rng(_SAMPLE_SEED).permutation(drawn)[:n])
+        part = object.__new__(MultinomialObjective)
+        part._set(
+            self.X[drawn],
+            self.target[drawn],
+            self.n_classes,
+            None if self.sample_weight is None else self.sample_weight[drawn],
+            self.ridge,
+            self.label_smoothing,
+        )
+        part.fit_intercept = self.fit_intercept
+        return part
+
+    def preconditioner(self) -> Preconditioner:
+        """Return an approximate inverse of the Hessian."""
+        return preconditioner(self)
+
+    def probabilities(self, theta: Vector) -> Iterator[tuple[Any, Matrix, Vector]]:
+        """Yield chunks of features (n, D), probabilities (n, K), weights (n,) with sum 1 in all."""
+        coef, intercept = self.unpack(theta)
+        dense = isinstance(self.X, np.ndarray)
+        length = max(1, _CHUNK_NUMBERS // max(self.n_classes, self.shape[1] * dense))
+        for i in range(0, self.n_rows, length):
+            x = self.X[i : i + length]
+            weight = np.ones(x.shape[0])
+            if self.sample_weight is not None:
+                weight = self.sample_weight[i : i + length]
+            p = softmax(logits(class_scores(x, coef, intercept)))[:, -self.shape[0] :]
+            yield x, p, weight / self.total_weight
+
+    def pack(self, coef: Matrix, intercept: Matrix | None) -> Vector:
         """Return θ for W (K, D) and b (K,)."""
-        parts = [np.ravel(coef), intercept] if self.fit_intercept else [np.ravel(coef)]
+        parts = [np.ravel(coef)]
+        if self.fit_intercept and intercept is not None:
+            parts.append(intercept)
         return np.concatenate(parts).astype(np.float64)
 
     def unpack(self, theta: Vector) -> tuple[Matrix, Matrix]:
@@ -98,47 +177,58 @@ class MultinomialObjective:
     def value_and_grad(self, theta: Vector) -> tuple[float, Vector]:
         """Return F(θ) and ∇F(θ); the last point asked for is remembered."""
         if self._last is None or not np.array_equal(self._last[0], theta):
-            self._last = (theta.copy(), *self._evaluate(theta))
-        _, value, grad = self._last
-        return value, grad.copy()
+            loss, grad = self._head(theta).value_and_grad(None, (False, True, self.fit_intercept))
+            # Of the numbers that the loss is of: F must not tell apart what rounds to the same.
+            coef = self.unpack(theta)[0].astype(np.float64)
+            value = float(loss) + 0.5 * self.ridge * float(np.sum(coef * coef))
+            gradient = self._packed(grad) + self._penalty_grad(coef)
+            self._last = (theta.copy(), value, gradient)
+        _, value, gradient = self._last
+        return value, gradient.copy()
 
     def hvp(self, theta: Vector, direction: Vector) -> Vector:
-        """Return ∇²F(θ) times a direction of the shape of θ; the logits at θ are remembered."""
-        if self._curved_at is None or not np.array_equal(self._curved_at[0], theta):
-            self._curved_at = (theta.copy(), logits(self._scores(theta)))
-        curvature = cross_entropy_hvp(
-            self._curved_at[1],
-            self.target,
-            logits(self._scores(direction)),
-            reduction="sum",
-            **self._loss_options,
-        )  # (N, V)
-        return self._pull_back(curvature) + self._penalty_grad(direction)
+        """Return ∇²F(θ) times a direction of the shape of θ."""
+        weight, bias = self._layer(direction)
+        vector = LinearGrad(None, weight, bias if self.fit_intercept else None)
+        product = self._packed(self._head(theta).hvp(None, vector))
+        return product + self._penalty_grad(direction[: self.shape[0] * self.shape[1]])
 
-    def _evaluate(self, theta: Vector) -> tuple[float, Vector]:
-        z = logits(self._scores(theta, out=self._logits), out=self._logits)  # (N, V)
-        loss, grad = cross_entropy_value_and_grad(
-            z, self.target, reduction="none", out=z, **self._loss_options
-        )  # (N,), (N, V)
-        penalty_grad = self._penalty_grad(theta)
-        value = loss.sum(dtype=np.float64) / self.total_weight + 0.5 * (penalty_grad @ theta)
-        return float(value), self._pull_back(grad) + penalty_grad
+    def _head(self, theta: Vector) -> Head:
+        return Head(_WHERE, self.X, *self._layer(theta), self._plan, self.X.dtype.name)
 
-    def _scores(self, theta: Vector, out: Matrix | None = None) -> Matrix:
+    def _layer(self, theta: Vector) -> tuple[Matrix, Matrix]:
+        """Return the head's weights (V, D) and biases (V,)."""
         coef, intercept = self.unpack(theta)
-        if isinstance(self.X, np.ndarray) and self.shape[0] > 1:
-            scores = np.matmul(self.X, coef.T, out=out)
-        else:  # a sparse product takes no `out`, and one score a row is half of a row of logits
-            scores = self.X @ coef.T
-        scores += intercept
-        return scores  # (N, K)
+        if self.shape[0] > 1:
+            return coef, intercept
+        return np.vstack([np.zeros_like(coef), coef]), np.append(np.zeros_like(intercept), intercept)
 
-    def _pull_back(self, grad_logits: Matrix) -> Vector:
-        """Return the gradient in θ of a mean over rows, from its gradient in the logits (N, V)."""
-        grad = grad_logits[:, -self.shape[0] :]  # (N, K): z₀ is the constant 0 where K = 1
-        coef_grad = grad.T @ self.X if isinstance(self.X, np.ndarray) else (self.X.T @ grad).T
-        return self.pack(coef_grad, grad.sum(axis=0, dtype=np.float64)) / self.total_weight
+    def _packed(self, grad: LinearGrad) -> Vector:
+        """Return the loss's own derivatives as one vector, or a product with them."""
+        weight, bias = grad.linear_weight, grad.linear_bias
+        if self.shape[0] == 1:  # z₀ is the constant 0
+            return self.pack(weight[1:], None if bias is None else bias[1:])
+        return self.without_free(self.pack(weight, bias), everywhere=True)
 
-    def _penalty_grad(self, theta: Vector) -> Vector:
-        size = self.shape[0] * self.shape[1]
-        return np.concatenate([self.ridge * theta[:size], np.zeros(theta.size - size)])
+    def without_free(self, direction: Vector, everywhere: bool = False) -> Vector:
+        """Return a direction without its share along which F does not change.
+
+        The softmax does not see what is added to all classes, nor does a penalty that is not
+        there: the mean over the classes is taken away from the biases and, where nothing is
+        penalised, from the weights. `everywhere` takes it away from both: from the loss's own
+        derivatives, where it is rounding alone, that would else grow along F's flat directions.
+        """
+        k, d = self.shape
+        if k == 1:
+            return direction
+        found = direction.copy()
+        coef, bias = found[: k * d].reshape(k, d), found[k * d :]
+        if everywhere or self.ridge == 0:
+            coef -= coef.mean(axis=0)
+        if self.fit_intercept:
+            bias -= bias.mean()
+        return found
+
+    def _penalty_grad(self, coef: Matrix | Vector) -> Vector:
+        grad = self.ridge * coef.ravel()
+        return np.append(grad, np.zeros(self.shape[0])) if self.fit_intercept else grad

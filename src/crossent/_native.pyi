@@ -43,6 +43,17 @@ def thin_head(
     db: NDArray[Any] | None,
     accumulate: bool,
 ) -> NDArray[np.float64] | float: ...
+def thin_hvp(
+    x: NDArray[Any],
+    w: NDArray[Any],
+    bias: NDArray[Any] | None,
+    plan: tuple[Any, ...],
+    along_w: NDArray[Any] | None,
+    along_bias: NDArray[Any] | None,
+    dw: NDArray[Any] | None,
+    db: NDArray[Any] | None,
+    accumulate: bool,
+) -> None: ...
 def thin(n_classes: int, n_features: int, wide: bool) -> bool: ...
 def copy_bytes(out: NDArray[np.uint8], source: NDArray[np.uint8], streaming: bool) -> None: ...
 def num_threads() -> int: ...

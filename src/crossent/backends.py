@@ -20,8 +20,15 @@ Planned = tuple[RowPlan, NDArray[Any] | None]
 """A plan, and its distribution target, seen as the logits are, if that is its kind."""
 
 
+Layer = tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]
+"""x, W and b."""
+
+
 Places = tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None]
 """Where a layer's gradients in x, W and b go; None: not wanted."""
+
+Along = tuple[NDArray[Any] | None, NDArray[Any] | None]
+"""The same of W and b alone, or a direction in them; None: held fixed."""
 
 
 class Backend(Protocol):
@@ -58,7 +65,7 @@ class Backend(Protocol):
 
     def thin_head(
         self,
-        layer: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None],
+        layer: Layer,
         plan: Planned,
         upstream: Any,
         places: Places,
@@ -68,6 +75,17 @@ class Backend(Protocol):
 
         Writes its gradients to `places`, or adds those in W and b.
         """
+
+    def thin_hvp(
+        self,
+        layer: Layer,
+        plan: Planned,
+        upstream: Any,
+        along: Along,
+        places: Along,
+        accumulate: bool,
+    ) -> None:
+        """Write the Hessian in W and b times `along` to `places`, or add it."""
 
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         """Return logsumexp, target_logprob, entropy, argmax and target_rank, each ``(N,)``."""
@@ -103,7 +121,7 @@ class NativeBackend:
 
     def thin_head(
         self,
-        layer: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None],
+        layer: Layer,
         plan: Planned,
         upstream: Any,
         places: Places,
@@ -111,6 +129,17 @@ class NativeBackend:
     ) -> NDArray[np.float64] | float:
         each = plan[0].reduction == "none"
         return _native.thin_head(*layer, _arguments(plan, upstream), each, *places, accumulate)
+
+    def thin_hvp(
+        self,
+        layer: Layer,
+        plan: Planned,
+        upstream: Any,
+        along: Along,
+        places: Along,
+        accumulate: bool,
+    ) -> None:
+        _native.thin_hvp(*layer, _arguments(plan, upstream), *along, *places, accumulate)
 
     def stats(self, logits: NDArray[Any], plan: Planned) -> tuple[NDArray[Any], ...]:
         row, _ = plan

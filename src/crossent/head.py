@@ -16,7 +16,8 @@ Design:
   d. 16-bit features and weights are multiplied as float32; their gradients are summed in float32
      and rounded once.
   e. With few classes the products are too thin to be worth their reading: one native pass over the
-     features (native/thin.h) makes loss and gradients, block by block in the cache.
+     features (native/thin.h) makes loss and gradients, block by block in the cache, and so the
+     Hessian times a direction in W and b. Directions in x take the products.
 
 Free of any framework: NumPy arrays in and out, bfloat16 as uint16.
 """
@@ -32,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossent import _native, products, rows
-from crossent.backends import Places, Planned, backend_named, bits
+from crossent.backends import Along, Places, Planned, backend_named, bits
 from crossent.features import (
     DenseRows,
     Rows,
@@ -187,6 +188,12 @@ class Head:
             along_x = DenseRows(bits(vector.input), self._readable(vector.input))
         along_weight = bits(vector.linear_weight) if wanted[1] else None
         along_bias = None if vector.linear_bias is None else self._numbers(vector.linear_bias)
+        if self._thin and along_x is None:
+            for chunk in self._chunks(0):
+                given = _part(upstream, chunk)
+                self._pass_hvp(chunk, given, (along_weight, along_bias), *sums.places(chunk))
+                sums.finish(chunk)
+            return sums.found()
         for chunk in self._chunks(2, along_x):
             z, h, dx = self._logits(chunk), chunk.buffers[1], chunk.along
             if along_weight is not None:
@@ -306,6 +313,13 @@ class Head:
         """Return the loss, and make the gradients, in one pass over the features."""
         layer = chunk.features, self._weight, self._bias
         return self._backend.thin_head(layer, chunk.planned, upstream, places, accumulate)
+
+    def _pass_hvp(
+        self, chunk: _Chunk, upstream: Any, along: Along, places: Places, accumulate: bool
+    ) -> None:
+        """Make the Hessian times `along`, directions in W and b, in one pass over the features."""
+        layer = chunk.features, self._weight, self._bias
+        self._backend.thin_hvp(layer, chunk.planned, upstream, along, places[1:], accumulate)
 
     # Products -------------------------------------------------------------------------------------
 

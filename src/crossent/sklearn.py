@@ -27,7 +27,7 @@ from crossent._fit_inputs import (
     row_weights,
 )
 from crossent._minimize import FitRecord, minimize_objective
-from crossent._multinomial import MultinomialObjective, logits
+from crossent._multinomial import MultinomialObjective, class_scores, logits
 from crossent.runtime import register_with_loaded_threadpoolctl
 
 __all__ = ["FitProgress", "FitRecord", "SoftmaxClassifier"]
@@ -83,9 +83,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         The fit has converged when no entry of the objective's gradient exceeds ``tol`` in size.
     max_iter : int, default=100
         Most iterations of the solver, at least 1.
-    solver : {"lbfgs", "newton-cg"}, default="lbfgs"
-        SciPy's L-BFGS-B, or its trust-region Newton method with conjugate gradients, which needs
-        fewer, dearer iterations and reaches smaller gradients.
+    solver : {"newton-cg", "lbfgs"}, default="newton-cg"
+        An inexact Newton method with preconditioned conjugate gradients, whose Hessian is that of
+        a sample of the rows where there are many; or SciPy's L-BFGS-B, which needs many more
+        iterations, each of them one pass over the rows.
     warm_start : bool, default=False
         Whether ``fit`` starts from the last fit's coefficients.
     callback : callable or None, default=None
@@ -141,7 +142,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
         label_smoothing: float = 0.0,
         tol: float = 1e-4,
         max_iter: int = 100,
-        solver: str = "lbfgs",
+        solver: str = "newton-cg",
         warm_start: bool = False,
         callback: Callable[[FitProgress], bool | None] | None = None,
     ) -> None:
@@ -286,8 +287,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  
     def _scores(self, X: Any) -> NDArray[np.floating[Any]]:
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse="csr", dtype=FLOATS, reset=False)
-        scores: NDArray[np.floating[Any]] = X @ self.coef_.T + self.intercept_
-        return scores  # (N, K)
+        return class_scores(X, self.coef_, self.intercept_)  # (N, K)
 
     def _start(self, objective: MultinomialObjective, classes: NDArray[Any]) -> NDArray[np.float64]:
         if not (self.warm_start and hasattr(self, "coef_")):

@@ -1,0 +1,152 @@
+"""Approximate inverses of a multinomial objective's Hessian, for conjugate gradients.
+
+The Hessian is Σᵢ sᵢ (diag pᵢ − pᵢ pᵢᵀ) ⊗ x̃ᵢ x̃ᵢᵀ / Σᵢ sᵢ plus the penalty's, with x̃ = (x, 1) where
+there is a bias. Both approximations drop what couples the classes:
+
+`GramPreconditioner`      one matrix for every class, Σᵢ sᵢ hᵢ x̃ᵢ x̃ᵢᵀ / Σᵢ sᵢ with hᵢ the mean over
+                          the classes of p(1 − p); its Cholesky factor takes n D² + D³/3 operations.
+`DiagonalPreconditioner`  one number for every weight, Σᵢ sᵢ xᵢⱼ² / Σᵢ sᵢ times its class's own mean
+                          of p(1 − p): for very many features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg, sparse
+from threadpoolctl import ThreadpoolController
+
+from crossent import products
+
+if TYPE_CHECKING:
+    from crossent._multinomial import MultinomialObjective
+
+Vector = NDArray[np.float64]
+
+_MOST_FEATURES = 4096  # of a Gram matrix: 128 MB in float64
+_MOST_SPARSE_FEATURES = 1024
+_FLOOR = 1e-12  # of the largest entry: for what has no penalty and hardly any curvature
+
+
+class Preconditioner(Protocol):
+    """An approximate inverse of the Hessian."""
+
+    @property
+    def cost(self) -> float:
+        """About as many Hessian-vector products as an update costs."""
+
+    def update(self, theta: Vector) -> None:
+        """Go to θ."""
+
+    def solve(self, residual: Vector) -> Vector:
+        """Return the approximate inverse times a vector of the shape of θ."""
+
+
+def preconditioner(objective: MultinomialObjective) -> Preconditioner:
+    """Return the one that suits an objective's features."""
+    most = _MOST_FEATURES if isinstance(objective.X, np.ndarray) else _MOST_SPARSE_FEATURES
+    few = objective.shape[1] <= most
+    return GramPreconditioner(objective) if few else DiagonalPreconditioner(objective)
+
+
+class GramPreconditioner:
+    """The same matrix (D̃, D̃) for every class, D̃ = D + 1 with a bias."""
+
+    def __init__(self, objective: MultinomialObjective) -> None:
+        self._objective = objective
+        self._blas = ThreadpoolController()
+        self._inverse: Vector
+
+    @property
+    def cost(self) -> float:
+        return self._objective.shape[1] / (2 * self._objective.n_classes)
+
+    def update(self, theta: Vector) -> None:
+        objective = self._objective
+        n_features = objective.shape[1]
+        gram = np.zeros((n_features + objective.fit_intercept,) * 2, objective.X.dtype)
+        for x, p, s in objective.probabilities(theta):
+            root = np.sqrt(s * (p * (1 - p)).mean(axis=1, dtype=np.float64)).astype(gram.dtype)
+            if isinstance(x, np.ndarray):
+                scaled = np.empty((len(x), len(gram)), gram.dtype)
+                np.multiply(x, root[:, np.newaxis], out=scaled[:, :n_features])
+                scaled[:, n_features:] = root[:, np.newaxis]
+                products.native(scaled.T, scaled, gram, accumulate=True)
+            else:
+                bias = [root[:, np.newaxis]] * objective.fit_intercept
+                scaled = sparse.hstack([sparse.diags_array(root) @ x, *bias], format="csr")
+                gram += (scaled.T @ scaled).toarray()
+        gram[np.arange(n_features), np.arange(n_features)] += objective.ridge
+        # One thread: a fit's bits must not depend on how many the BLAS has.
+        with self._blas.limit(limits=1, user_api="blas"):
+            self._inverse = _inverse(gram, 10 * objective.rounding)
+
+    def solve(self, residual: Vector) -> Vector:
+        k, d = self._objective.shape
+        given = np.empty((k, len(self._inverse)))
+        given[:, :d] = residual[: k * d].reshape(k, d)
+        given[:, d:] = residual[k * d :].reshape(k, -1)
+        found = np.empty_like(given)
+        products.native(given, self._inverse, found)
+        return self._objective.without_free(self._objective.pack(found[:, :d], found[:, -1]))
+
+
+class DiagonalPreconditioner:
+    """One number for every entry of θ."""
+
+    cost = 1.0
+
+    def __init__(self, objective: MultinomialObjective) -> None:
+        self._objective = objective
+        self._squares: Vector | None = None  # (D,), the mean square of each feature
+        self._inverse: Vector
+
+    def update(self, theta: Vector) -> None:
+        objective = self._objective
+        spread, squares = np.zeros(objective.shape[0]), np.zeros(objective.shape[1])
+        for x, p, s in objective.probabilities(theta):
+            spread += (p * (1 - p) * s[:, np.newaxis]).sum(axis=0)
+            if self._squares is None:
+                squares += _squared(x, s)
+        if self._squares is None:
+            self._squares = squares
+        coef = np.outer(spread, self._squares) + objective.ridge
+        diagonal = objective.pack(coef, spread)
+        largest = float(diagonal.max(initial=0.0))
+        if not np.isfinite(largest):
+            raise OverflowError
+        self._inverse = 1.0 / np.maximum(diagonal, _FLOOR * largest or 1.0)
+
+    def solve(self, residual: Vector) -> Vector:
+        return self._objective.without_free(self._inverse * residual)
+
+
+def _inverse(gram: NDArray[Any], lifted: float) -> Vector:
+    """Return the inverse of a matrix whose eigenvalues rounding may have made negative.
+
+    `lifted` is the share of its largest diagonal entry that is added to all of them, and more if
+    that is not enough.
+    """
+    largest = float(gram.diagonal().max(initial=0.0))
+    if not np.isfinite(largest):
+        raise OverflowError
+    while True:
+        matrix = gram.astype(np.float64)
+        matrix[np.diag_indices_from(matrix)] += lifted * largest or 1.0
+        try:
+            factor = linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
+        except linalg.LinAlgError:
+            lifted *= 1000
+            continue
+        found: Vector = linalg.cho_solve(factor, np.eye(len(gram)), check_finite=False)
+        return found
+
+
+def _squared(x: Any, weight: Vector) -> Vector:
+    """Return Σᵢ sᵢ xᵢⱼ² for every feature j."""
+    if isinstance(x, np.ndarray):
+        return np.einsum("i,ij,ij->j", weight, x, x, dtype=np.float64)
+    each = np.repeat(weight, np.diff(x.indptr)) * np.square(x.data, dtype=np.float64)
+    return np.bincount(x.indices, weights=each, minlength=x.shape[1])
