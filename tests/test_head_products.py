@@ -132,6 +132,8 @@ def test_product_refuses_what_would_touch_other_memory():
         (np.ones((4, 2), np.float32), np.empty((2, 3), np.float32).T, None),
         (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(3, np.float32)),
         (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(2)),
+        (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(4, np.float32)[::2]),
+        (np.ones((4, 2), np.float32), np.empty((6, 2), np.float32)[::-2], None),
     ):
         with pytest.raises(ValueError, match="expected"):
             _native.matmul(a, b, out, False, bias)

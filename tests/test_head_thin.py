@@ -132,13 +132,13 @@ def test_a_signal_handler_may_call_in_the_middle_of_a_pass():
     """A pass asks for signals while it holds the memory that a block's logits will lie in."""
     program = """
 import signal
+import time
 import numpy as np
 import crossent
 
 crossent.set_num_threads(1)
 rng = np.random.default_rng(0)
 row, w = rng.standard_normal(200, np.float32), rng.standard_normal((5, 200), np.float32)
-x, target = np.broadcast_to(row, (1_000_000, 200)), np.arange(1_000_000) % 5
 small, classes, kept = np.ones((300, 8)), np.ones((64, 8)), []
 
 def handler(*_):
@@ -146,14 +146,18 @@ def handler(*_):
     crossent.linear_cross_entropy_value_and_grad(small, classes, np.zeros(300, int))
     kept.extend(np.ones(250) for _ in range(1000))
 
-def long_call():
+def long_call(n):
+    x, target = np.broadcast_to(row, (n, 200)), np.arange(n) % 5
     return crossent.linear_cross_entropy_value_and_grad(x, w, target, wrt="linear_weight")
 
-wanted = long_call()
+n, seconds = 5000, 0
+while seconds < 0.3:  # signals are asked for every 50 ms
+    n, start = 2 * n, time.monotonic()
+    wanted, seconds = long_call(n), time.monotonic() - start
 signal.signal(signal.SIGALRM, handler)
-for k in range(6):
-    signal.setitimer(signal.ITIMER_REAL, 0.01 * (k + 1))
-    found = long_call()
+for k in range(4):
+    signal.setitimer(signal.ITIMER_REAL, 0.01 + 0.05 * k)
+    found = long_call(n)
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert found.loss == wanted.loss
     assert np.array_equal(found.grad.linear_weight, wanted.grad.linear_weight)
@@ -193,14 +197,22 @@ def test_the_pass_refuses_what_would_touch_other_memory():
     plan = (target, None, None, None, None, -100, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, None)
     good = {"dx": np.empty((6, 4)), "dw": np.empty((3, 4)), "db": np.empty((1, 3))}
     _native.thin_head(x, w, b, plan, False, *good.values(), False)
-    for name, out in {
-        "dx": np.empty((5, 4)),
-        "dw": np.empty((4, 3)).T,
-        "db": np.empty((1, 4)),
-    }.items():
+    for name, out in (
+        ("dx", np.empty((5, 4))),
+        ("dx", np.empty((6, 4), np.float32)),
+        ("dw", np.empty((4, 3)).T),
+        ("dw", np.empty((6, 4))[::-2]),
+        ("db", np.empty((1, 4))),
+    ):
         with pytest.raises(ValueError, match="expected"):
             _native.thin_head(x, w, b, plan, False, *(good | {name: out}).values(), False)
-    for args in ((x, w[:, 1:], b), (x, w, b[1:]), (x, w, b.astype(np.float32)), (x, w[:0], None)):
+    for args in (
+        (x, w[:, 1:], b),
+        (x, w[:0], None),
+        (x, w, b[1:]),
+        (x, w, b.astype(np.float32)),
+        (x, w, np.ones(6)[::2]),
+    ):
         with pytest.raises(ValueError, match="expected"):
             _native.thin_head(*args, plan, False, None, None, None, False)
     with pytest.raises(ValueError, match="expected fewer classes or features"):

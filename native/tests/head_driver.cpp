@@ -134,7 +134,8 @@ struct Pass : Work {
   const int64_t N, D, V;
   const Dtype dtype;
   const Target kind;
-  Buffer x, w, bias, desired, dx, dw, db;
+  const bool hessian;  // times along_w and along_b, instead of the gradients
+  Buffer x, w, bias, along_w, along_bias, desired, dx, dw, db;
   const bool with_bias, summed;
   std::vector<int64_t> target;
   std::vector<double> prob, row_weight, upstream, loss;
@@ -143,23 +144,27 @@ struct Pass : Work {
   std::vector<Real> dw_given, db_given;
   ThinJob job;
 
-  Pass(Dtype of_x, Dtype of_w, Target kind, const int64_t (&nd)[2], int64_t V, int seed)
+  Pass(bool hessian, Dtype of_x, Dtype of_w, Target kind, const int64_t (&nd)[2], int64_t V,
+       int seed)
       : Work(seed),
         N(nd[0]),
         D(nd[1]),
         V(V),
         dtype(wider(of_x, of_w)),
         kind(kind),
+        hessian(hessian),
         x(of_x, N, D, layout()),
         w(of_w, V, D, layout()),
         bias(dtype, 1, V, Layout::kPlain),
+        along_w(of_w, V, D, layout()),
+        along_bias(dtype, 1, V, Layout::kPlain),
         desired(kDtypes[random() % 4], N, V, layout()),
         dx(dtype, N, D, Layout::kPlain),
         dw(dtype, V, D, Layout::kPlain),
         db(dtype, 1, V, Layout::kPlain),
         with_bias(coin()),
-        summed(coin()) {
-    for (Buffer* buffer : {&x, &bias, &dw, &db}) buffer->fill(random, 1);
+        summed(!hessian && coin()) {
+    for (Buffer* buffer : {&x, &bias, &dw, &db, &along_w, &along_bias}) buffer->fill(random, 1);
     w.fill(random, 1 / std::sqrt(static_cast<double>(D)));
     dw_before = dw.bytes;
     db_before = db.bytes;
@@ -176,7 +181,7 @@ struct Pass : Work {
       for (int64_t j = 0; j < V; j++) desired.put(i, j, static_cast<double>(random() % 4) / 64);
     }
     loss.assign(static_cast<size_t>(N), 0);
-    name = shape("pass", of_x, of_w, N, D, V, seed);
+    name = shape(hessian ? "Hessian pass" : "pass", of_x, of_w, N, D, V, seed);
 
     job.x = matrix(x, N);
     job.w = matrix(w, V);
@@ -200,16 +205,21 @@ struct Pass : Work {
     rows.row_weight = row_weight.data();
     rows.divisor = 8;
     rows.upstream = upstream.data();
+    if (!hessian) return;
+    rows.task = Task::kHvp;
+    if (coin()) job.along_w = matrix(along_w, V);
+    if (!job.along_w.data || coin()) job.along_bias = along_bias.view.data;
   }
 
   std::string serve() override {
     dw.bytes = dw_before;
     db.bytes = db_before;
     std::memset(dx.bytes.data(), 0xff, dx.bytes.size());  // NaN
-    job.dx = dx.view.data = dx.bytes.data();
+    dx.view.data = dx.bytes.data();
+    if (!hessian) job.dx = dx.view.data;
     job.dw = dw.view.data = dw.bytes.data();
     job.db = db.view.data = db.bytes.data();
-    job.rows.loss = summed ? nullptr : loss.data();
+    job.rows.loss = summed || hessian ? nullptr : loss.data();
     if (run_thin(job, summed ? &total : nullptr, nullptr, nullptr) != Outcome::kDone)
       return "not done";
     std::string bits;
@@ -250,8 +260,8 @@ struct Pass : Work {
       const std::string at = name + ", row " + std::to_string(i);
       const bool kept = row_weight[row] != 0 && !(kind == Target::kIndex && is_skipped(row));
       const Real r = kept ? row_weight[row] / 8 : 0, u = upstream[row];
-      std::vector<Real> z(columns), q(columns);
-      Real off = 0, top = -INFINITY, sum = 0, Q = 0;
+      std::vector<Real> z(columns), q(columns), v(columns);
+      Real off = 0, v_off = 0, v_mean = 0, v_size = 0, top = -INFINITY, sum = 0, Q = 0;
       for (int64_t j = 0; j < V; j++) {
         Sum logit;
         for (int64_t d = 0; d < D; d++) logit.add(x.get(i, d), 0, w.get(j, d));
@@ -259,17 +269,34 @@ struct Pass : Work {
         z[static_cast<size_t>(j)] = logit.value;
         off = std::max(off, gamma(D + 2, dtype) * logit.size);
         top = std::max(top, logit.value);
+        Sum along;
+        for (int64_t d = 0; d < D && job.along_w.data; d++)
+          along.add(x.get(i, d), 0, along_w.get(j, d));
+        if (job.along_bias) along.add(along_bias.get(0, j), 0, 1);
+        v[static_cast<size_t>(j)] = along.value;
+        v_off = std::max(v_off, gamma(D + 2, dtype) * along.size);
         Q += q[static_cast<size_t>(j)] = asked(i, j);
       }
       for (const Real one : z) sum += std::exp(one - top);
-      const Real lse = top + std::log(sum), ulps = 16 * unit(dtype);
+      const Real lse = top + std::log(sum), ulps = 16 * unit(dtype), more = std::expm1(2 * off);
+      for (size_t j = 0; j < columns; j++) {
+        const Real p = std::exp(z[j] - lse);
+        v_mean += p * v[j];
+        v_size += p * std::fabs(v[j]);
+      }
       Real exact = 0;
       std::vector<Sum> gradient(features);
       for (int64_t j = 0; j < V; j++) {
         const auto column = static_cast<size_t>(j);
-        const Real p = std::exp(z[column] - lse), more = std::expm1(2 * off);
-        const Real g = u * r * (Q * p - q[column]);
-        const Real g_off = u * r * (Q * p * more + ulps * (Q * p * (1 + more) + q[column]));
+        const Real p = std::exp(z[column] - lse);
+        Real g = u * r * (Q * p - q[column]);
+        Real g_off = u * r * (Q * p * more + ulps * (Q * p * (1 + more) + q[column]));
+        if (hessian) {  // Q p (v - the mean of v)
+          const Real size = std::fabs(v[column]) + v_size;
+          g = u * r * Q * p * (v[column] - v_mean);
+          g_off = u * r * Q * p * (1 + more) *
+                  (2 * more * size + (2 + more) * v_off + ulps * (size + 2 * v_off));
+        }
         exact += r * q[column] * (lse - z[column]);
         for (int64_t d = 0; d < D; d++) {
           gradient[static_cast<size_t>(d)].add(g, g_off, w.get(j, d));
@@ -277,10 +304,10 @@ struct Pass : Work {
         }
         biases[column].add(g, g_off, 1);
       }
-      for (int64_t d = 0; d < D; d++)
+      for (int64_t d = 0; d < D && !hessian; d++)
         see(verdict, at + " of dx", d, dx.get(i, d), gradient[static_cast<size_t>(d)], V + 1);
       const Real loss_off = 2 * r * Q * off + ulps * (exact + 2 * r * Q * off);
-      if (!summed) verdict.see(at + " of the losses", -1, loss[row], exact, loss_off);
+      if (!summed && !hessian) verdict.see(at + " of the losses", -1, loss[row], exact, loss_off);
       all.add(exact, loss_off, 1);
     }
     if (summed) verdict.see(name + ", sum of the losses", -1, total, all.value, all.error);
@@ -327,7 +354,8 @@ std::vector<Work*> all_work() {
     for (const Target kind : kTargets)
       for (const int64_t V : kClasses) {
         const Dtype of_w = seed % 4 ? dtype : kDtypes[seed / 4 % 4];
-        works.push_back(new Pass(dtype, of_w, kind, kPasses[seed % 5], V, seed));
+        for (const bool hessian : {false, true})
+          works.push_back(new Pass(hessian, dtype, of_w, kind, kPasses[seed % 5], V, seed));
         seed++;
       }
   return works;
