@@ -137,6 +137,10 @@ def test_product_refuses_what_would_touch_other_memory():
     ):
         with pytest.raises(ValueError, match="expected"):
             _native.matmul(a, b, out, False, bias)
+    with pytest.raises(ValueError, match="expected out in float32"):
+        _native.matmul(
+            a[:1], np.ones((4, 1), np.float32), np.empty((1, 1), np.float16), False, None
+        )
 
 
 def test_a_long_sum_has_its_bias_once():
