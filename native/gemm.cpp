@@ -46,6 +46,8 @@ class Multiply {
       if (!pack(k, end, panels, size, packed.get()) || !tiles(k, end, panels, packed.get()))
         return Outcome::kCancelled;
       if (no_memory_) return Outcome::kOutOfMemory;
+      // parallel_for asks after 50 ms, and may have been done by then each time.
+      if (end < job_.depth && poll_ && !poll_(poll_context_)) return Outcome::kCancelled;
     }
     return Outcome::kDone;
   }

@@ -361,9 +361,28 @@ std::vector<Work*> all_work() {
   return works;
 }
 
+// Slabs are over before parallel_for asks whether to stop, so each must be asked after.
+bool asked_after_each_slab() {
+  const int64_t n = 2, depth = int64_t{1} << 20;  // at least 4 slabs
+  Buffer a(Dtype::kFloat64, n, depth, Layout::kPlain), b(Dtype::kFloat64, depth, n, Layout::kInner);
+  std::vector<double> out(n * n);
+  int calls = 0;
+  const auto go_on = [](void* calls) { return ++*static_cast<int*>(calls) > 0; };
+  const auto stop = [](void*) { return false; };
+  const auto product = [&](bool (*poll)(void*)) {
+    return multiply(matrix(a, n), matrix(b, depth), reinterpret_cast<char*>(out.data()), n, false,
+                    nullptr, poll, &calls);
+  };
+  return product(go_on) == Outcome::kDone && calls >= 3 && product(stop) == Outcome::kCancelled;
+}
+
 }  // namespace
 
 int main() {
+  if (!asked_after_each_slab()) {
+    std::fprintf(stderr, "slabs do not ask whether to stop\n");
+    return 1;
+  }
   size_t jobs = 0;
   for (const std::string& isa : available_isas()) {
     set_isa(isa);
