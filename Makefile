@@ -112,9 +112,10 @@ sanitize: $(CHECKING) ## the tests under AddressSanitizer and UndefinedBehaviorS
 tsan: $(CHECKING) ## kernels and thread pool under ThreadSanitizer
 	@$(WITH_CMAKE) cmake -S native/tests -B build/tsan -DCMAKE_BUILD_TYPE=Release \
 		-DCROSSENT_SANITIZE=thread >build/tsan.log
-	@$(WITH_CMAKE) cmake --build build/tsan --target parallel_driver kernel_driver >>build/tsan.log
+	@$(WITH_CMAKE) cmake --build build/tsan --target parallel_driver kernel_driver head_driver >>build/tsan.log
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/parallel_driver
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/kernel_driver
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/head_driver
 
 .PHONY: emulate
 emulate: $(CHECKING) ## the tests of the kernels with AVX-512 emulated, on a machine without (ARGS="-k softmax")

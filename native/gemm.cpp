@@ -2,8 +2,6 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "dispatch.h"
 #include "parallel.h"
@@ -41,25 +39,23 @@ class Multiply {
     const int64_t panels = ceiling(job_.packed.n, kernels_.panel), width = panels * kernels_.panel;
     const int64_t most = kSlabBytes / (width * size) / kSlabDepth * kSlabDepth;
     const int64_t slab = std::min(job_.depth, std::max(kSlabDepth, most));
-    const std::unique_ptr<void, void (*)(void*)> packed(
-        std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(64, width * slab * size))),
-        std::free);
+    const Memory packed = allocate(width * slab * size);
     if (!packed) return Outcome::kOutOfMemory;
     for (int64_t k = 0; k < job_.depth; k += slab) {
       const int64_t end = std::min(job_.depth, k + slab);
       if (!pack(k, end, panels, size, packed.get()) || !tiles(k, end, panels, packed.get()))
         return Outcome::kCancelled;
       if (no_memory_) return Outcome::kOutOfMemory;
+      // parallel_for asks after 50 ms, and may have been done by then each time.
+      if (end < job_.depth && poll_ && !poll_(poll_context_)) return Outcome::kCancelled;
     }
     return Outcome::kDone;
   }
 
  private:
-  bool pack(int64_t k0, int64_t k1, int64_t panels, int64_t size, void* at) {
+  bool pack(int64_t k0, int64_t k1, int64_t panels, int64_t size, char* at) {
     const int64_t bytes = (k1 - k0) * kernels_.panel * size;
-    return each(panels, [&](int64_t j) {
-      kernels_.pack(job_, k0, k1, j, static_cast<char*>(at) + j * bytes);
-    });
+    return each(panels, [&](int64_t j) { kernels_.pack(job_, k0, k1, j, at + j * bytes); });
   }
 
   bool tiles(int64_t k0, int64_t k1, int64_t panels, const void* packed) {

@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 
@@ -40,6 +41,12 @@ OwnScratch::OwnScratch() {
 }
 OwnScratch::~OwnScratch() {
   if (--runs_under_way > 0) std::swap(mine_.slots, thread_scratch.slots);
+}
+
+Memory allocate(int64_t bytes) {
+  // aligned_alloc may refuse what is no multiple of the alignment (macOS does).
+  const int64_t whole = (std::max<int64_t>(1, bytes) + 63) / 64 * 64;
+  return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(whole))));
 }
 
 }  // namespace crossent

@@ -1,7 +1,9 @@
-// One thread's memory for kernels (rows.h: scratch), and who may use it.
+// One thread's memory for kernels (rows.h: scratch), who may use it, and the memory of one call.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
 namespace crossent {
 
@@ -35,5 +37,12 @@ class OwnScratch {
  private:
   Scratch mine_;
 };
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+// Aligned to 64 bytes, contents unspecified; null when there is none left.
+Memory allocate(int64_t bytes);
 
 }  // namespace crossent

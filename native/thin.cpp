@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -22,15 +21,6 @@ constexpr int64_t kTileFeatures = 96;
 constexpr int kLogits = 8, kPacked = 9, kLosses = 7, kGradient = 10;  // scratch
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-Memory allocate(int64_t bytes) {
-  const int64_t whole = std::max<int64_t>(64, ceiling(bytes, 64) * 64);
-  return Memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(whole))));
-}
 
 int64_t slots_for(int64_t n_classes, int64_t n_features, int64_t size) {
   // (Padded to 64 at most: the instruction set must not decide.)

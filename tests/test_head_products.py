@@ -94,6 +94,20 @@ def test_product_of_any_layout(isa, shape):
         assert (abs(out - exact) <= bound).all(), (left, order_a, order_b, accumulate, with_bias)
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_a_product_of_every_other_number(dtype, isa):
+    """Two float16 lie as far apart as float32 numbers in a row do."""
+    rng = np.random.default_rng(0)
+    for shape in (40, 30, 13), (13, 30, 40):  # either side packed
+        m, k, n = shape
+        a = rng.standard_normal((m, 2 * k)).astype(dtype)[:, ::2]
+        b = rng.standard_normal((2 * k, 2 * n)).astype(dtype)[::2, ::2]
+        found, wanted = (np.empty((m, n), np.result_type(dtype, np.float32)) for _ in "ab")
+        products.native(a, b, found)
+        products.native(a.copy(), b.copy(), wanted)
+        assert np.array_equal(found, wanted)
+
+
 def test_a_rows_sum_does_not_depend_on_its_neighbours_or_the_threads():
     rng = np.random.default_rng(1)
     x, w = rng.standard_normal((700, 600), np.float32), rng.standard_normal((90, 600), np.float32)
@@ -118,9 +132,15 @@ def test_product_refuses_what_would_touch_other_memory():
         (np.ones((4, 2), np.float32), np.empty((2, 3), np.float32).T, None),
         (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(3, np.float32)),
         (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(2)),
+        (np.ones((4, 2), np.float32), np.empty((3, 2), np.float32), np.ones(4, np.float32)[::2]),
+        (np.ones((4, 2), np.float32), np.empty((6, 2), np.float32)[::-2], None),
     ):
         with pytest.raises(ValueError, match="expected"):
             _native.matmul(a, b, out, False, bias)
+    with pytest.raises(ValueError, match="expected out in float32"):
+        _native.matmul(
+            a[:1], np.ones((4, 1), np.float32), np.empty((1, 1), np.float16), False, None
+        )
 
 
 def test_a_long_sum_has_its_bias_once():

@@ -1,6 +1,9 @@
 """The fused head with few classes, one pass over the features: any shape, any instruction set."""
 
 import itertools
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -42,7 +45,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("classes", [1, 2, 4, 5, 8, 9, 16, 17, 33, 48, 49, 64])
 def test_every_number_of_classes(classes, isa, monkeypatch):
     # Features in and out of whole strips and panels; rows in more blocks and slots than one.
-    for (n, d), dtype in itertools.product([(1, 1), (7, 5), (1000, 37)], [np.float64, np.float32]):
+    for (n, d), dtype in itertools.product([(1, 1), (7, 5), (5000, 37)], [np.float64, np.float32]):
         x, w, b, target = layer(n, d, classes, dtype)
         found = VALUE_AND_GRAD(x, w, target, linear_bias=b)
         want = by_products(monkeypatch, *(a.astype(float) for a in (x, w)), target, linear_bias=b)
@@ -124,6 +127,50 @@ def test_threads_and_neighbours_change_no_bit():
     assert np.array_equal(some.grad.input, found[0].grad.input[500:533])
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_a_signal_handler_may_call_in_the_middle_of_a_pass():
+    """A pass asks for signals while it holds the memory that a block's logits will lie in."""
+    program = """
+import signal
+import time
+import numpy as np
+import crossent
+
+crossent.set_num_threads(1)
+rng = np.random.default_rng(0)
+row, w = rng.standard_normal(200, np.float32), rng.standard_normal((5, 200), np.float32)
+small, kept, n, seconds = np.ones((300, 8)), [], 5000, 0
+
+def handler(*_):
+    # Of more classes than any call before, it needs more memory. Arrays then take what is free.
+    classes = np.ones((16 << k, 8))
+    crossent.linear_cross_entropy_value_and_grad(small, classes, np.zeros(300, int))
+    kept.extend(np.ones(250) for _ in range(1000))
+
+def long_call(x, target):
+    return crossent.linear_cross_entropy_value_and_grad(x, w, target, wrt="linear_weight")
+
+while seconds < 0.3:  # signals are asked for every 50 ms
+    n *= 2
+    x, target = np.broadcast_to(row, (n, 200)), np.arange(n) % 5
+    start = time.monotonic()
+    wanted, seconds = long_call(x, target), time.monotonic() - start
+crossent.cross_entropy(np.zeros((300, 64)), np.zeros(300, int))  # what rows need is there
+signal.signal(signal.SIGALRM, handler)
+for k in range(3):
+    signal.setitimer(signal.ITIMER_REAL, seconds * (k + 1) / 4)
+    found = long_call(x, target)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert found.loss == wanted.loss
+    assert np.array_equal(found.grad.linear_weight, wanted.grad.linear_weight)
+assert kept and (np.array(kept) == 1).all()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_row_stays_alone(bad):
     x, w, b, target = layer(100, 9, 10)
@@ -152,14 +199,23 @@ def test_the_pass_refuses_what_would_touch_other_memory():
     plan = (target, None, None, None, None, -100, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, None)
     good = {"dx": np.empty((6, 4)), "dw": np.empty((3, 4)), "db": np.empty((1, 3))}
     _native.thin_head(x, w, b, plan, False, *good.values(), False)
-    for name, out in {
-        "dx": np.empty((5, 4)),
-        "dw": np.empty((4, 3)).T,
-        "db": np.empty((1, 4)),
-    }.items():
+    for name, out in (
+        ("dx", np.empty((5, 4))),
+        ("dw", np.empty((4, 3)).T),
+        ("dw", np.empty((6, 4))[::-2]),
+        ("db", np.empty((1, 4))),
+    ):
         with pytest.raises(ValueError, match="expected"):
             _native.thin_head(x, w, b, plan, False, *(good | {name: out}).values(), False)
-    for args in ((x, w[:, 1:], b), (x, w, b[1:]), (x, w, b.astype(np.float32)), (x, w[:0], None)):
+    with pytest.raises(ValueError, match="expected an output of the pass's dtype"):
+        _native.thin_head(x, w, b, plan, False, np.empty((6, 4), np.float32), None, None, False)
+    for args in (
+        (x, w[:, 1:], b),
+        (x, w[:0], None),
+        (x, w, b[1:]),
+        (x, w, b.astype(np.float32)),
+        (x, w, np.ones(6)[::2]),
+    ):
         with pytest.raises(ValueError, match="expected"):
             _native.thin_head(*args, plan, False, None, None, None, False)
     with pytest.raises(ValueError, match="expected fewer classes or features"):

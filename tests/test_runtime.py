@@ -243,6 +243,10 @@ LONG_CALL = """
     row = np.linspace(-20, 20, 100_000)
     rows = np.broadcast_to(row, (2_000_000, 100_000))
     wide = np.broadcast_to(np.zeros(2_000_000, np.float16), (200_000, 2_000_000))
+    features = np.broadcast_to(row[:4000], (8_000_000, 4000))
+    classes = np.zeros((64, 4000))
+    slabs = np.broadcast_to(1.0, (10**10, 4))
+    slab, thin = np.broadcast_to(1.0, (4_000_000, 60_000)), np.ones((60_000, 4))
     small = crossent.softmax(row).tobytes()
     print("ready", flush=True)
     try:
@@ -262,6 +266,10 @@ LONG_CALL = """
         "crossent.cross_entropy_stats(rows)",
         # Rows in parts, a row in less time than lies between two questions whether to stop.
         "crossent.cross_entropy(wide, np.broadcast_to(7, len(wide)))",
+        # One pass over the features; a product of many short slabs, and one of a long slab.
+        "crossent.linear_cross_entropy(features, classes, np.broadcast_to(7, len(features)))",
+        "crossent._native.matmul(slabs.T, slabs, np.empty((4, 4)), False, None)",
+        "crossent._native.matmul(slab, thin, np.empty((len(slab), 4)), False, None)",
     ],
 )
 def test_ctrl_c_is_answered_in_a_long_call(threads, call):

@@ -28,7 +28,7 @@ mkdir -p build
 {
   cmake -S native/tests -B "$at" -DCMAKE_BUILD_TYPE=Release "$@" && cmake --build "$at"
 } >"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
-for driver in accuracy kernel; do
+for driver in accuracy kernel head; do
   ${run:+"$run"} "$at/${driver}_driver"
 done
 ${run:+"$run"} "$at/parallel_driver" "$run $at/parallel_driver" # how it starts itself

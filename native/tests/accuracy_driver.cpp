@@ -14,11 +14,11 @@
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "buffer.h"
+#include "verdict.h"
 
 namespace {
 
 using namespace crossent;
-using Real = long double;
 
 constexpr int64_t kRows = 19;  // two vectors of 16 lanes, the last one not full
 constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64"};
@@ -66,24 +66,6 @@ class Exact {
   std::vector<Real> z_, e_, q_, other_e_, other_q_;
   size_t top_ = 0;
   Real sum_ = 0, rest_ = 0;
-};
-
-// The worst error met, and whether all were within their bounds. The loss is column -1.
-struct Verdict {
-  bool good = true;
-  Real worst = 0;  // in bounds
-
-  void see(const std::string& row, int64_t column, double got, Real exact, Real bound) {
-    const Real error = std::fabs(got - exact);
-    if (error <= bound) {
-      if (bound > 0) worst = std::max(worst, error / bound);
-      return;
-    }
-    if (good)
-      std::fprintf(stderr, "%s, column %d: got %.17g, exactly %.20Lg: %.3Lg times its bound\n",
-                   row.c_str(), static_cast<int>(column), got, exact, error / bound);
-    good = false;
-  }
 };
 
 // `ulps` of the compute dtype at `scale`, and for a 16-bit output its own rounding besides.

@@ -3,18 +3,17 @@
 //
 //   kernel_driver [rounds]      on the first difference a line and exit status 1
 
-#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../dispatch.h"
 #include "../parallel.h"
 #include "buffer.h"
+#include "race.h"
 
 namespace {
 
@@ -130,25 +129,6 @@ std::vector<Work*> all_work(int turn) {
             new Work(kind.task, kind.target, dtype, layout, shape[0], shape[1], seed++));
       }
   return works;
-}
-
-// Four threads share the jobs out and set the number of threads all the while.
-int race(const std::vector<Work*>& works, const std::vector<std::string>& alone) {
-  std::atomic<size_t> next{0};
-  std::atomic<int> wrong{0};
-  const auto serve = [&](int number) {
-    for (size_t k; (k = next++) < works.size();) {
-      set_num_threads(1 + (number + static_cast<int>(k)) % 4);
-      if (works[k]->serve() != alone[k]) {
-        std::fprintf(stderr, "other bits among threads: %s\n", works[k]->name.c_str());
-        wrong++;
-      }
-    }
-  };
-  std::vector<std::thread> threads;
-  for (int number = 0; number < 4; number++) threads.emplace_back(serve, number);
-  for (std::thread& thread : threads) thread.join();
-  return wrong;
 }
 
 // Rows in parts are over before parallel_for asks whether to stop, so each must be asked after.
