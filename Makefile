@@ -12,7 +12,7 @@ ARGS ?=
 .NOTPARALLEL: # one pip at a time in one environment
 
 # Peers and tools whose tests may be skipped elsewhere, but not where `make test` has installed them.
-TEST_REQUIRE := expecttest,hypothesis,matplotlib,ml_dtypes,mpmath,onnx,pandas,polars,rich,safetensors,scipy,sklearn,sympy,threadpoolctl,tokenizers,torch,typer
+TEST_REQUIRE := expecttest,hypothesis,matplotlib,ml_dtypes,mpmath,onnx,pandas,polars,rich,safetensors,scipy,skops,sklearn,sympy,threadpoolctl,tokenizers,torch,typer
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f \
 	-not -path '*/__pycache__/*' -not -name '*.md')

@@ -1,7 +1,5 @@
 """The objective of SoftmaxClassifier: its value by other means, its derivatives by differences."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -11,7 +9,6 @@ from scipy.special import softmax as scipy_softmax
 pytest.importorskip("sklearn")
 from sklearn.metrics import log_loss
 
-from crossent import cross_entropy_value_and_grad
 from crossent._multinomial import MultinomialObjective
 
 N, D = 23, 5

@@ -131,14 +131,16 @@ def test_sparse_features_are_not_made_dense(data, container, request, monkeypatc
     X = np.where(X > 0, X, 0.0)
     dense = SoftmaxClassifier(C=C, tol=TOL, solver="newton-cg").fit(X, y)
 
+    def guard(known):
+        def guarded(self, *args, **kwargs):
+            assert len(y) not in self.shape, "a sparse X was made dense"
+            return known(self, *args, **kwargs)
+
+        return guarded
+
     for kind in (sparse.csr_array, sparse.csr_matrix, sparse.csc_array, sparse.csc_matrix):
         for name in ("toarray", "todense"):
-
-            def guarded(self, *args, name=name, known=getattr(kind, name), **kwargs):
-                assert len(y) not in self.shape, "a sparse X was made dense"
-                return known(self, *args, **kwargs)
-
-            monkeypatch.setattr(kind, name, guarded)
+            monkeypatch.setattr(kind, name, guard(getattr(kind, name)))
     X = container(X)
     model = SoftmaxClassifier(C=C, tol=TOL, solver="newton-cg").fit(X, y)
     np.testing.assert_allclose(model.coef_, dense.coef_, rtol=0, atol=COEF_ERROR)

@@ -131,7 +131,7 @@ class MultinomialObjective:
         """
         n_weighted = self.n_rows
         if self.sample_weight is not None:
-            n_weighted = np.count_nonzero(self.sample_weight)
+            n_weighted = int(np.count_nonzero(self.sample_weight))
         spread = (1 - 1 / self.n_classes) / self.n_classes  # p(1 − p) where all p are equal
         while 2 * n <= n_weighted:
             part = self._draw(n)
@@ -174,7 +174,8 @@ class MultinomialObjective:
             else:
                 each = np.repeat(weight, np.diff(x.indptr)) * np.square(x.data)
                 total += np.bincount(x.indices, weights=each, minlength=self.shape[1])
-        return total[0].astype(np.float64)
+        squares: Vector = total[0].astype(np.float64)
+        return squares
 
     def preconditioner(self) -> Preconditioner:
         """Return an approximate inverse of the Hessian."""
@@ -238,7 +239,9 @@ class MultinomialObjective:
         coef, intercept = self.unpack(theta)
         if self.shape[0] > 1:
             return coef, intercept
-        return np.vstack([np.zeros_like(coef), coef]), np.append(np.zeros_like(intercept), intercept)
+        return np.vstack([np.zeros_like(coef), coef]), np.append(
+            np.zeros_like(intercept), intercept
+        )
 
     def _packed(self, grad: LinearGrad) -> Vector:
         """Return the loss's own derivatives as one vector, or a product with them."""
@@ -267,5 +270,6 @@ class MultinomialObjective:
         return found
 
     def _penalty_grad(self, coef: Matrix | Vector) -> Vector:
-        grad = self.ridge * coef.ravel()
-        return np.append(grad, np.zeros(self.shape[0])) if self.fit_intercept else grad
+        grad: Vector = np.zeros(self.shape[0] * (self.shape[1] + self.fit_intercept))
+        grad[: coef.size] = self.ridge * coef.ravel()
+        return grad

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_MOST_FEATURES = 4096  # of a Gram matrix: 128 MB in float64
-_MOST_SPARSE_FEATURES = 1024
+_FEW_FEATURES, _MOST_FEATURES = 1024, 4096  # of a Gram matrix of 8 MB, of 128 MB
 _FLOOR = 1e-12  # of the largest entry: for what has no penalty and hardly any curvature
 
 
@@ -46,8 +45,10 @@ class Preconditioner(Protocol):
 
 def preconditioner(objective: MultinomialObjective) -> Preconditioner:
     """Return the one that suits an objective's features."""
-    most = _MOST_FEATURES if isinstance(objective.X, np.ndarray) else _MOST_SPARSE_FEATURES
-    few = objective.shape[1] <= most
+    n_features, dense = objective.shape[1], isinstance(objective.X, np.ndarray)
+    few = n_features <= _FEW_FEATURES
+    # The matrix then takes a quarter of X's memory at most.
+    few = few or (dense and n_features <= min(_MOST_FEATURES, objective.n_rows // 4))
     return GramPreconditioner(objective) if few else DiagonalPreconditioner(objective)
 
 
@@ -61,7 +62,8 @@ class GramPreconditioner:
 
     @property
     def cost(self) -> float:
-        return self._objective.shape[1] / (2 * self._objective.n_classes)
+        k, d = self._objective.shape
+        return float(d / (2 * k))
 
     def update(self, theta: Vector) -> None:
         objective = self._objective
@@ -127,14 +129,15 @@ def _inverse(gram: NDArray[Any], lifted: float) -> Vector:
     largest = float(gram.diagonal().max(initial=0.0))
     if not np.isfinite(largest):
         raise OverflowError
+    at = np.arange(len(gram))
     while True:
-        matrix = gram.astype(np.float64)
-        matrix[np.diag_indices_from(matrix)] += lifted * largest or 1.0
-        try:
-            factor = linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
-        except linalg.LinAlgError:
-            lifted *= 1000
-            continue
-        found: Vector = linalg.cho_solve(factor, np.eye(len(gram)), check_finite=False)
-        return found
-
+        matrix = gram.astype(np.float64, order="F")
+        matrix[at, at] += lifted * largest or 1.0
+        factor, failed = linalg.lapack.dpotrf(matrix, lower=True, clean=False, overwrite_a=True)
+        if not failed:
+            break
+        lifted *= 1000
+    inverse: Vector = linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)[0]
+    for i in at:  # its other half
+        inverse[i, i + 1 :] = inverse[i + 1 :, i]
+    return inverse

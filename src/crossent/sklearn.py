@@ -34,6 +34,7 @@ __all__ = ["FitProgress", "FitRecord", "SoftmaxClassifier"]
 
 FLOATS = (np.float64, np.float32)
 
+FitRecord.__module__ = __name__  # its public place, by which pickle and skops name it
 register_with_loaded_threadpoolctl()  # scikit-learn has loaded it
 
 

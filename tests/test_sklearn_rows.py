@@ -1,0 +1,158 @@
+"""SoftmaxClassifier on many rows: the sample behind its Newton steps, memory, and bits."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from crossent._multinomial import MultinomialObjective
+from crossent.sklearn import SoftmaxClassifier
+
+N, D, V = 20_000, 6, 3
+ROWS = 4096  # that a Newton step looks at, at least
+
+
+def many(n=N, d=D, n_classes=V, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    X, W = rng.normal(size=(n, d)), rng.normal(size=(n_classes, d))
+    y = np.argmax(X @ W.T + rng.gumbel(size=(n, n_classes)), axis=1)
+    return X.astype(dtype), y, rng
+
+
+def heavy_weights(rng):
+    return np.where(rng.random(N) < 0.3, 0, np.exp(2 * rng.normal(size=N)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_sampled_hessian_leads_to_the_exact_minimum(weighted):
+    X, y, rng = many()
+    weight = heavy_weights(rng) if weighted else None
+    ours = SoftmaxClassifier(C=1e-2, tol=1e-10).fit(X, y, weight)
+    theirs = LogisticRegression(C=1e-2, tol=1e-10, solver="newton-cg").fit(X, y, weight)
+    assert len(ours.history_) < 40
+    # 1/μ = C Σs times the gradients' size, as in test_sklearn
+    total = N if weight is None else weight.sum()
+    bound = 2e-10 * np.sqrt(V * D) * 1e-2 * total
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=0, atol=bound)
+
+
+def test_a_feature_that_few_rows_have_is_not_missed():
+    X, y, rng = many()
+    X = np.hstack([X, np.zeros((N, 20))])
+    for j in range(20):  # three rows each, of one class
+        X[rng.choice(np.flatnonzero(y == j % V), 3, replace=False), D + j] = 1
+    model = SoftmaxClassifier(C=1e4, tol=1e-8).fit(X, y)
+    assert len(model.history_) < 30
+
+
+def objective(X, y, weight=None, **options):
+    return MultinomialObjective(X, y, n_classes=V, sample_weight=weight, **options)
+
+
+def test_a_sample_is_the_same_rows_at_every_call():
+    X, y, _ = many()
+    first, second = (objective(X, y).sample(ROWS) for _ in "12")
+    assert first.n_rows == ROWS
+    np.testing.assert_array_equal(first.X, second.X)
+    rows = {tuple(row): label for row, label in zip(X, y, strict=True)}
+    assert [rows[tuple(row)] for row in first.X] == list(first.target)
+    assert len({tuple(row) for row in first.X}) == ROWS
+
+
+def test_a_sample_is_drawn_in_proportion_to_the_weights():
+    X, y, rng = many()
+    X[:, 0] = np.arange(N)
+    weight = heavy_weights(rng)
+    sample = objective(X, y, weight).sample(ROWS)
+    drawn = sample.X[:, 0].astype(int)
+    assert (weight[drawn] > 0).all()
+    assert sample.sample_weight.sum() == ROWS
+    # Of a row that n·share of the points fall upon, one more or one less may.
+    expected = ROWS * weight / weight.sum()
+    counts = np.zeros(N)
+    counts[drawn] = sample.sample_weight
+    assert (np.abs(counts - expected) <= 1 + 1e-6).all()
+
+
+def test_a_sample_of_half_the_rows_is_all_of_them():
+    X, y, _ = many()
+    whole = objective(X, y)
+    assert whole.sample(N // 2 + 1) is whole
+    assert whole.sample(N // 2).n_rows == N // 2
+
+
+def test_a_sample_has_the_penalty_of_all_rows():
+    X, y, _ = many()
+    whole = objective(X, y, C=0.5)
+    sample = whole.sample(ROWS)
+    theta = np.ones(V * D + V)
+    bare = objective(sample.X, sample.target, C=np.inf)
+    added = sample.value_and_grad(theta)[0] - bare.value_and_grad(theta)[0]
+    assert added == pytest.approx(0.5 * V * D / (0.5 * N), rel=1e-9)
+
+
+def peak_of_a_fit(X, y, **options):
+    SoftmaxClassifier(max_iter=3, tol=1e9).fit(X[:100], y[:100])  # what is imported or kept once
+    tracemalloc.start()
+    try:
+        model = SoftmaxClassifier(**options).fit(X, y)
+        return model, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("solver", ["newton-cg", "lbfgs"])
+def test_nothing_of_the_size_of_the_logits_is_held(solver):
+    X, y, _ = many(100_000, 4, 50, np.float32)
+    _, peak = peak_of_a_fit(X, y, solver=solver, C=1e-3, tol=1e-3)
+    assert peak < 100_000 * 50 * 4 / 2
+
+
+def test_memory_mapped_features_are_not_copied(tmp_path):
+    X, y, _ = many(50_000, 64, 3, np.float32)
+    np.save(tmp_path / "X.npy", X)
+    mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
+    model, peak = peak_of_a_fit(mapped, y)
+    assert peak < X.nbytes / 2
+    np.testing.assert_array_equal(model.coef_, SoftmaxClassifier().fit(X, y).coef_)
+
+
+def test_the_threads_of_the_blas_do_not_change_a_bit():
+    X, y, _ = many(2000, 300)
+    coefs = []
+    for count in (1, 2):
+        with threadpool_limits(count, user_api="blas"):
+            coefs.append(SoftmaxClassifier().fit(X, y).coef_.tobytes())
+    assert coefs[0] == coefs[1]
+
+
+@pytest.mark.parametrize("d", [D, 1500])  # beyond 1024 features there is no Gram matrix
+def test_both_preconditioners_reach_the_tolerance(d):
+    X, y, _ = many(300, d)
+    model = SoftmaxClassifier(C=1.0, tol=1e-9).fit(X, y)
+    assert model.history_[-1].gradient_norm <= 1e-9
+
+
+@pytest.mark.parametrize("C", [1.0, np.inf])
+@pytest.mark.parametrize("solver", ["newton-cg", "lbfgs"])
+def test_what_no_probability_shows_stays_zero(C, solver):
+    X, y, _ = many(3000)
+    model = SoftmaxClassifier(C=C, solver=solver, tol=1e-7).fit(X, y)
+    assert abs(model.intercept_.sum()) < 1e-12
+    assert np.abs(model.coef_.sum(axis=0)).max() < (1e-6 if C == 1 else 1e-12)
+
+
+def test_skops_keeps_a_fitted_classifier():
+    io = pytest.importorskip("skops.io")
+    X, y, _ = many(300)
+    model = SoftmaxClassifier().fit(X, y)
+    saved = io.dumps(model)
+    own = ["crossent.sklearn.FitRecord", "crossent.sklearn.SoftmaxClassifier"]
+    assert io.get_untrusted_types(data=saved) == own
+    again = io.loads(saved, trusted=own)
+    np.testing.assert_array_equal(again.predict_proba(X), model.predict_proba(X))
+    assert again.history_ == model.history_
