@@ -98,6 +98,7 @@ RowKernel row_kernel(const RowJob& job) {
   const Kernels& kernels = *current().kernels;
   return lane_rows(job)    ? kernels.lanes
          : short_rows(job) ? kernels.short_rows
+         : lane_hvp(job)   ? kernels.hvp
          : fast_rows(job)  ? kernels.rows
                            : kernels.general;
 }

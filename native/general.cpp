@@ -14,9 +14,9 @@
 //      what holds the bounds.
 #include <cmath>
 
+#include "doubles.h"
 #include "exp.h"
 #include "rows.h"
-#include "storage.h"
 
 namespace crossent {
 namespace CROSSENT_ISA {
@@ -24,66 +24,6 @@ namespace {
 
 constexpr int L = Lanes<double>::n;
 constexpr double kInfinity = __builtin_huge_val(), kNaN = __builtin_nan("");
-
-template <class S>
-void read_as(const View& view, int64_t i, double* to) {
-  using Type = typename S::Type;
-  constexpr int kMany = Lanes<typename S::T>::n;
-  const char* at = view.row(i);
-  const int64_t V = view.classes;
-  alignas(kBytes) Type part[kMany] = {};
-  for (int64_t j = 0; j < V; j += kMany) {
-    const int n = V - j < kMany ? static_cast<int>(V - j) : kMany;
-    for (int k = 0; k < n; k++)
-      part[k] = *reinterpret_cast<const Type*>(at + (j + k) * view.class_stride);
-    const auto x = S::load(part);
-    for (int k = 0; k < n; k++) to[j + k] = x[k];
-  }
-}
-
-template <class S>
-void write_as(const View& view, int64_t i, const double* from) {
-  using Type = typename S::Type;
-  using T = typename S::T;
-  constexpr int kMany = Lanes<T>::n;
-  char* at = view.row(i);
-  const int64_t V = view.classes;
-  alignas(kBytes) T lanes[kMany] = {};
-  alignas(kBytes) Type part[kMany];
-  for (int64_t j = 0; j < V; j += kMany) {
-    const int n = V - j < kMany ? static_cast<int>(V - j) : kMany;
-    for (int k = 0; k < n; k++) lanes[k] = static_cast<T>(from[j + k]);
-    S::store(part, load(lanes));
-    for (int k = 0; k < n; k++)
-      *reinterpret_cast<Type*>(at + (j + k) * view.class_stride) = part[k];
-  }
-}
-
-void read_row(const View& view, int64_t i, double* to) {
-  switch (view.dtype) {
-    case Dtype::kFloat16:
-      return read_as<Stored<Dtype::kFloat16>>(view, i, to);
-    case Dtype::kBFloat16:
-      return read_as<Stored<Dtype::kBFloat16>>(view, i, to);
-    case Dtype::kFloat32:
-      return read_as<Stored<Dtype::kFloat32>>(view, i, to);
-    case Dtype::kFloat64:
-      return read_as<Stored<Dtype::kFloat64>>(view, i, to);
-  }
-}
-
-void write_row(const View& view, int64_t i, const double* from) {
-  switch (view.dtype) {
-    case Dtype::kFloat16:
-      return write_as<Stored<Dtype::kFloat16>>(view, i, from);
-    case Dtype::kBFloat16:
-      return write_as<Stored<Dtype::kBFloat16>>(view, i, from);
-    case Dtype::kFloat32:
-      return write_as<Stored<Dtype::kFloat32>>(view, i, from);
-    case Dtype::kFloat64:
-      return write_as<Stored<Dtype::kFloat64>>(view, i, from);
-  }
-}
 
 // tanh(x), and 1 - tanh(x)^2 = 4 E / (1 + E)^2 with E = exp(-2 |x|). Below 1/4 the Maclaurin
 // series, whose next term is under 2^-58 there.
@@ -392,6 +332,7 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end) {
 
 void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
 void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
+void serve_hvp(const RowJob& job, int64_t begin, int64_t end);    // hvp.cpp
 void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
                    int64_t* outside, int64_t* skipped);  // lanes.cpp
 // rows.cpp
@@ -403,8 +344,9 @@ bool part_numbers(const RowJob& job, int64_t i, void* at);
 void part_write(const RowJob& job, int64_t i, int64_t part, void* at);
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_lanes, serve_short, serve_rows, serve_general, count_targets,
-                         part_bytes,  part_start,  part_read,  part_numbers,  part_write};
+const Kernels kernels = {serve_lanes,   serve_short,   serve_hvp,  serve_rows,
+                         serve_general, count_targets, part_bytes, part_start,
+                         part_read,     part_numbers,  part_write};
 
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

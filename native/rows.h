@@ -89,6 +89,8 @@ struct Kernels {
   void (*lanes)(const RowJob&, int64_t begin, int64_t end);
   // The same for more classes, as long as a row is one block (short.cpp).
   void (*short_rows)(const RowJob&, int64_t begin, int64_t end);
+  // Hessian-vector products of few classes, index targets: one row a lane (hvp.cpp).
+  void (*hvp)(const RowJob&, int64_t begin, int64_t end);
   // Index targets and none, in lanes of the compute dtype: see rows.cpp for what it takes.
   void (*rows)(const RowJob&, int64_t begin, int64_t end);
   // Everything, in lanes of float64.
@@ -161,6 +163,12 @@ inline bool fast_rows(const RowJob& job) {
 inline bool lane_rows(const RowJob& job) {
   return fast_rows(job) && job.task != Task::kStats && job.logits.dtype != Dtype::kFloat64 &&
          job.logits.classes <= 48;
+}
+
+// The same for Hessian-vector products, which are double whatever the dtype.
+inline bool lane_hvp(const RowJob& job) {
+  return job.task == Task::kHvp && job.kind == Target::kIndex && job.softcap == 0 &&
+         (job.off == 0 || !job.class_weight) && job.logits.classes <= 64;
 }
 
 // Is a row one block? The row's numbers are then worked out for several rows at once.

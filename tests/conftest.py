@@ -4,8 +4,14 @@ Tests of a peer use `pytest.importorskip`, so they are skipped where it is absen
 installs its peers and names them in ``CROSSENT_TEST_REQUIRE``: none of these may be skipped there.
 """
 
+import gzip
+import importlib.util
 import os
 import re
+import struct
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +70,41 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def example():
+    """Load examples/NAME.py as a module: `with example(NAME) as module`."""
+    folder = Path(__file__).parents[1] / "examples"
+
+    @contextmanager
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+            yield module
+        finally:
+            sys.modules.pop(spec.name, None)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def idx_folder(tmp_path_factory):
+    """Four IDX files of noise in which the brightest rows of pixels tell the class."""
+    folder = tmp_path_factory.mktemp("fashion")
+    rng = np.random.default_rng(4)
+    for stem, rows in (("train", 520), ("t10k", 100)):
+        labels = (rng.permutation(rows) % 10).astype(np.uint8)
+        images = rng.integers(0, 100, (rows, 28, 28), dtype=np.uint8)
+        images[np.arange(28) // 2 == labels[:, None] + 2] += 150
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+            path = folder / f"{stem}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
 
 
 @pytest.fixture(params=["numpy", "torch"])

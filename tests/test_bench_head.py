@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 
 from crossent import cli
-from crossent.cli.bench import contest, head_results, memory, peers, show, timing, yardsticks
+from crossent.cli.bench import contest, head_results, memory, peak, peers, show, timing, yardsticks
 from crossent.cli.bench.bench_head import HEAD
 from crossent.cli.bench.benchmark import Found
 from crossent.cli.bench.head_problem import HEADS, HeadShape, answer, head_problems
@@ -411,7 +411,7 @@ def test_why_memory_is_not_known_is_kept(monkeypatch):
 
 
 def test_where_the_peak_cannot_be_reset_the_largest_so_far_is_taken(monkeypatch):
-    monkeypatch.setattr(memory, "_reset_peak", lambda: False)
+    monkeypatch.setattr(peak, "_reset_peak", lambda: False)
     taken, how = memory.measured("crossent", "loss", "float32", SMALL, 1)
     assert taken >= 0
     assert how == "ru_maxrss over the resident set before"

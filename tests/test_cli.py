@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -249,28 +248,6 @@ def test_a_full_disk_leaves_nothing(iris, run, tmp_path, monkeypatch):
     assert status == 2
     assert "No space left on device" in err
     assert os.listdir(tmp_path) == []
-
-
-def test_interrupted(tmp_path):
-    """Ctrl-C during the fit: exit 130, one line, nothing left behind."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "t.npz", X=rng.normal(size=(20_000, 50)), y=rng.integers(0, 100, 20_000))
-    fit = ("train", "t.npz", "--tol", "0", "--max-iter", "1000000", "--C", "inf")
-    with subprocess.Popen(
-        [*COMMAND, *fit],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as process:
-        while not process.stdout.readline().startswith("iteration    1"):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "crossent: interrupted\n")
-    assert os.listdir(tmp_path) == ["t.npz"]
 
 
 def test_a_reader_that_goes_away_is_no_error(iris):

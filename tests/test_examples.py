@@ -1,13 +1,10 @@
 """The examples run, and show what the pages say they show."""
 
-import gzip
 import importlib.util
 import json
 import math
 import re
-import struct
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +19,11 @@ ROOT = Path(__file__).parents[1]
 COLLAPSE_PAGE = (ROOT / "docs" / "softmax-collapse.md").read_text(encoding="utf-8")
 
 
-@contextmanager
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.modules.pop(spec.name, None)
-
-
 # Softmax collapse ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def collapse():
+def collapse(example):
     with example("softmax_collapse") as module:
         yield module
 
@@ -148,29 +133,13 @@ def test_collapse_table_of_margins_is_found():
 
 
 @pytest.fixture(scope="module")
-def cnn():
+def cnn(example):
     torch = pytest.importorskip("torch")
     before = torch.are_deterministic_algorithms_enabled()
     with example("fashion_cnn") as module:
         torch.use_deterministic_algorithms(True)
         yield module
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(scope="module")
-def idx_folder(tmp_path_factory):
-    """Four IDX files of noise in which the brightest rows of pixels tell the class."""
-    folder = tmp_path_factory.mktemp("fashion")
-    rng = np.random.default_rng(4)
-    for stem, rows in (("train", 520), ("t10k", 100)):
-        labels = (rng.permutation(rows) % 10).astype(np.uint8)
-        images = rng.integers(0, 100, (rows, 28, 28), dtype=np.uint8)
-        images[np.arange(28) // 2 == labels[:, None] + 2] += 150
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-            path = folder / f"{stem}-{name}-ubyte.gz"
-            path.write_bytes(gzip.compress(header + array.tobytes()))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +215,7 @@ def test_cnn_says_what_is_wrong_before_it_trains(cnn, tmp_path, capsys, monkeypa
     assert "pip install 'crossent[cli]'" in capsys.readouterr().err
 
 
-def test_cnn_says_that_it_needs_pytorch(monkeypatch):
+def test_cnn_says_that_it_needs_pytorch(example, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="needs PyTorch"), example("fashion_cnn"):
         pass
@@ -256,7 +225,7 @@ def test_cnn_says_that_it_needs_pytorch(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def lm():
+def lm(example):
     torch = pytest.importorskip("torch")
     pytest.importorskip("rich")
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -412,7 +381,7 @@ def test_lm_changes_one_line():
 
 
 @pytest.mark.parametrize("package", ["torch", "rich"])
-def test_lm_says_what_it_needs(monkeypatch, package):
+def test_lm_says_what_it_needs(example, monkeypatch, package):
     for name in [name for name in sys.modules if name.startswith("rich.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

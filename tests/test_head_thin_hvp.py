@@ -1,7 +1,7 @@
 """The Hessian of few classes times a direction in W and b, one pass over the features.
 
-The truth is the same Hessian by the products of any head, in float64. An entry of the pass is off by
-γ of the features (in z and in z') and of the rows, of numbers about the size of the largest.
+The truth is the same Hessian by the products of any head, in float64. An entry of the pass is off
+by γ of the features (in z and in z') and of the rows, of numbers about the size of the largest.
 """
 
 import itertools
@@ -280,7 +280,9 @@ def test_the_pass_refuses_what_would_touch_other_memory():
     x, w, b, target, (_, w2, b2) = layer(6, 4, 3)
     plan = (target, None, None, None, None, -100, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, None)
     good = {"w2": w2, "b2": b2, "dw": np.empty((3, 4)), "db": np.empty((1, 3))}
-    _native.thin_hvp(x, w, b, plan, *good.values(), False)
+    _native.thin_hvp(x, w, None, plan, *good.values(), False)
+    want = HVP(x, w, target, LinearGrad(None, w2, b2), linear_bias=np.zeros(3), reduction="sum")
+    assert np.array_equal(good["dw"], want.linear_weight)
     for change in (
         {"w2": w2[1:]},
         {"w2": w2[:, 1:]},

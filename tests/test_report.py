@@ -1,6 +1,7 @@
 """report.html: self-contained, escaped, right numbers, readable for few and for many classes."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.elements, self.open, self.tables, self.text = [], [], [], ""
+        self.captions = []
         self.feed(text)
         assert not self.open
 
@@ -36,6 +38,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
+            self.captions.append("")
         if tag == "tr":
             self.tables[-1].append([])
         if tag in ("td", "th"):
@@ -46,8 +49,19 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if "caption" in self.open:
+            self.captions[-1] += data
         if self.open and ("td" in self.open or "th" in self.open):
             self.tables[-1][-1][-1] += data
+
+    def table(self, caption):
+        """Return the rows under the header of the one table whose caption begins so."""
+        (rows,) = (
+            rows
+            for rows, text in zip(self.tables, self.captions, strict=True)
+            if text.startswith(caption)
+        )
+        return rows[1:]
 
     def of(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
@@ -56,7 +70,7 @@ class Page(HTMLParser):
 def page_of(tmp_path, x, y, **settings):
     np.savez(tmp_path / "t.npz", X=x, y=y)
     settings = {"source": str(tmp_path / "t.npz"), "output": tmp_path / "out"} | settings
-    folder = train(TrainSettings(**settings), Console(quiet=True))
+    folder = train(TrainSettings(**settings), Console(quiet=True)).folder
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -72,7 +86,7 @@ def digits_page(tmp_path_factory):
     folder = train(
         TrainSettings("digits", output=tmp_path_factory.mktemp("digits") / "out"),
         Console(quiet=True),
-    )
+    ).folder
     text = (folder / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -128,14 +142,14 @@ def test_mistakes_are_shown_as_their_images(digits_page, tmp_path):
 def test_confusion_matrix_of_few_classes(tmp_path):
     x, y = clusters(4, 400, 0.9)
     _, page = page_of(tmp_path, x, y)
-    matrix = np.array([row[1:] for row in page.tables[1][1:]], int)
+    matrix = np.array([row[1:] for row in page.table("Test rows by true class")], int)
     assert matrix.shape == (4, 4)
     assert matrix.sum(axis=1).tolist() == [20] * 4
     accuracy = np.trace(matrix) / 80
     assert percent(accuracy) in page.text
-    confusions = page.tables[2][1:]
+    confusions = page.table("Commonest confusions")
     assert sum(int(row[2]) for row in confusions) == 80 - np.trace(matrix)
-    recalls = [row[2] for row in page.tables[3][1:]]
+    recalls = [row[2] for row in page.table("Each class")]
     assert recalls == [percent(matrix[k, k] / 20) for k in range(4)]
 
 
@@ -144,7 +158,8 @@ def test_many_classes_are_summarised(tmp_path):
     text, page = page_of(tmp_path, x, y)
     assert len(text) < 1_000_000
     assert max(len(row) for table in page.tables for row in table) <= 5
-    assert max(len(table) for table in page.tables) <= 16
+    tables = zip(page.tables, page.captions, strict=True)
+    assert max(len(rows) for rows, text in tables if "iteration" not in text) <= 16
     assert any("Confusion matrix as an image" in image["alt"] for image in page.of("img"))
 
 
@@ -158,7 +173,8 @@ def test_names_are_escaped(tmp_path):
     frame.write_parquet(source)
     text, page = page_of(tmp_path, x, y, source=str(source), target="kind")
     assert not page.of("script")
-    assert f"{EVIL}2" in page.tables[1][0]
+    assert any(f"{EVIL}2" in rows[0] for rows in page.tables)
+    assert f"'{source}' --target" in page.text
     assert "a<b>&" in page.text
     assert EVIL not in text
 
@@ -185,12 +201,48 @@ def test_no_mistake_and_no_convergence_are_said(tmp_path):
     _, page = page_of(tmp_path, x, y, max_iter=1)
     assert "Every test row is classified correctly." in page.text
     assert "No class is taken for another." in page.text
-    assert "Not converged. The fit stopped after 1 iterations" in page.text
+    assert "Not converged. The fit stopped after 1 iteration with" in page.text
     assert "What to do: raise --max-iter." in page.text
     _, page = page_of(tmp_path, x, y, force=True)
     assert "Not converged" not in page.text
     _, page = page_of(tmp_path, x, y, force=True, tol=0.0)
     assert "no step lowers the loss further, a --tol of" in page.text
+
+
+def test_the_choice_of_the_penalty_is_shown(tmp_path):
+    x, y = clusters(3, 150, 0.9)
+    choice = {"select_penalty": True, "Cs": (0.01, 1.0, 100.0), "folds": 3}
+    text, page = page_of(tmp_path, x, y, **choice)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    selection = metrics["penalty_selection"]
+    rows = page.table("✓ is the chosen C")
+    assert [row[0].removesuffix(" ✓") for row in rows] == ["0.01", "1", "100"]
+    (chosen,) = (row for row in rows if row[0].endswith("✓"))
+    assert chosen[0] == f"{selection['chosen_C']:g} ✓"
+    assert chosen[1] == f"{min(point['loss'] for point in selection['path']):.4f}"
+    assert f"C = {selection['chosen_C']:g} was chosen" in page.text
+    assert "Choice of the penalty" in page.text
+    assert len([image for image in page.of("img") if image["class"] == "chart wide"]) == 1
+    assert "chosen by 3-fold cross-validation" in page.text
+    assert "12 fits; this one" in page.text
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_the_iterations_are_a_table(tmp_path):
+    x, y = clusters(3, 150, 0.9)
+    _, page = page_of(tmp_path, x, y, max_iter=3)
+    history = json.loads((tmp_path / "out" / "metrics.json").read_text())["fit"]["history"]
+    rows = page.table("Loss with penalty")
+    assert [row[:2] for row in rows] == [
+        [str(record["iteration"]), f"{record['objective']:.6f}"] for record in history
+    ]
+    assert len(rows) == 4
+
+
+def test_the_command_that_was_run_is_shown(tmp_path):
+    x, y = clusters(2, 60, 0.5)
+    _, page = page_of(tmp_path, x, y, C=0.25, seed=3)
+    assert f"crossent train {tmp_path / 't.npz'} --seed 3 --C 0.25" in page.text
 
 
 def test_tables_escape_every_cell():

@@ -11,6 +11,7 @@ logits are then [0, x·w + b]. The parameter vector is float64: W (K, D) row by 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ Matrix = NDArray[np.floating[Any]]
 _WHERE = "SoftmaxClassifier.fit"
 _SAMPLE_SEED = 0
 _CHUNK_NUMBERS = 2**20
+_GROWTH, _LEAST_SEEN = 4, 0.25  # of a sample: more rows at a time, share of a feature's curvature
 
 
 def logits(scores: Matrix) -> Matrix:
@@ -120,28 +122,59 @@ class MultinomialObjective:
         return float(np.finfo(self.X.dtype).eps)
 
     def sample(self, n: int) -> MultinomialObjective:
-        """Return the objective of n rows drawn without replacement, the same ones at every call.
+        """Return the mean over n rows or more, drawn in proportion to their weight.
 
-        Rows without weight are not drawn. The penalty is that of all rows, and where there are no
-        more than n the objective is this one.
+        Rows are drawn at equal distances along the sum of the weights of the shuffled rows, a row
+        of great weight more than once, and the same ones at every call. The penalty stays. More
+        are drawn as long as a feature that is rarely not 0 would seem to have hardly any
+        curvature; where not even half of the rows will do, the objective is this one.
         """
-        drawn = np.arange(self.n_rows)
+        n_weighted = self.n_rows
         if self.sample_weight is not None:
-            drawn = np.flatnonzero(self.sample_weight)
-        if len(drawn) <= n:
-            return self
-        drawn = np.sort(np.random.default_rng(_SAMPLE_SEED).permutation(drawn)[:n])
+            n_weighted = np.count_nonzero(self.sample_weight)
+        spread = (1 - 1 / self.n_classes) / self.n_classes  # p(1 − p) where all p are equal
+        while 2 * n <= n_weighted:
+            part = self._draw(n)
+            whole, seen = (spread * each.mean_squares + self.ridge for each in (self, part))
+            if (seen >= _LEAST_SEEN * whole).all():
+                return part
+            n *= _GROWTH
+        return self
+
+    def _draw(self, n: int) -> MultinomialObjective:
+        drawn = np.random.default_rng(_SAMPLE_SEED).permutation(self.n_rows)
+        weight = None
+        if self.sample_weight is None:
+            drawn = np.sort(drawn[:n])
+        else:
+            along = np.cumsum(self.sample_weight[drawn])
+            at = np.searchsorted(along, (np.arange(n) + 0.5) * (along[-1] / n))
+            drawn, counts = np.unique(drawn[np.minimum(at, self.n_rows - 1)], return_counts=True)
+            weight = counts.astype(np.float64)
         part = object.__new__(MultinomialObjective)
         part._set(
             self.X[drawn],
             self.target[drawn],
             self.n_classes,
-            None if self.sample_weight is None else self.sample_weight[drawn],
+            weight,
             self.ridge,
             self.label_smoothing,
         )
         part.fit_intercept = self.fit_intercept
         return part
+
+    @cached_property
+    def mean_squares(self) -> Vector:
+        """Mean square of every feature (D,), of the weighted rows."""
+        total = np.zeros((1, self.shape[1]), self.X.dtype)
+        for x, weight in self._chunks():
+            if isinstance(x, np.ndarray):
+                given = weight[np.newaxis].astype(total.dtype)
+                products.native(given, np.square(x), total, accumulate=True)
+            else:
+                each = np.repeat(weight, np.diff(x.indptr)) * np.square(x.data)
+                total += np.bincount(x.indices, weights=each, minlength=self.shape[1])
+        return total[0].astype(np.float64)
 
     def preconditioner(self) -> Preconditioner:
         """Return an approximate inverse of the Hessian."""
@@ -150,6 +183,11 @@ class MultinomialObjective:
     def probabilities(self, theta: Vector) -> Iterator[tuple[Any, Matrix, Vector]]:
         """Yield chunks of features (n, D), probabilities (n, K), weights (n,) with sum 1 in all."""
         coef, intercept = self.unpack(theta)
+        for x, weight in self._chunks():
+            p = softmax(logits(class_scores(x, coef, intercept)))[:, -self.shape[0] :]
+            yield x, p, weight
+
+    def _chunks(self) -> Iterator[tuple[Any, Vector]]:
         dense = isinstance(self.X, np.ndarray)
         length = max(1, _CHUNK_NUMBERS // max(self.n_classes, self.shape[1] * dense))
         for i in range(0, self.n_rows, length):
@@ -157,8 +195,7 @@ class MultinomialObjective:
             weight = np.ones(x.shape[0])
             if self.sample_weight is not None:
                 weight = self.sample_weight[i : i + length]
-            p = softmax(logits(class_scores(x, coef, intercept)))[:, -self.shape[0] :]
-            yield x, p, weight / self.total_weight
+            yield x, weight / self.total_weight
 
     def pack(self, coef: Matrix, intercept: Matrix | None) -> Vector:
         """Return θ for W (K, D) and b (K,)."""

@@ -10,8 +10,9 @@ Design:
   b. What the sample does not know of the curvature the last steps tell: their pairs (change of θ,
      change of ∇F) correct the direction as in L-BFGS, whose initial matrix is the sample's inverse
      Hessian (Nocedal and Wright, "Numerical optimization", algorithm 7.4).
-  c. A step that had to be shortened a lot says that the sample is too small: it grows, up to all
-     rows, from where on the method is Newton's own and needs no pairs.
+  c. A step that had to be shortened a lot, or two that had to be shortened in a row, say that the
+     sample is too small: it grows, up to all rows, from where on the method is Newton's own and
+     needs no pairs.
   d. A step shrinks until F falls enough for its slope (Armijo) or, where F's rounding hides that,
      until the gradient falls.
   e. Sums of products are NumPy's own and not a BLAS's, whose bits depend on its threads.
@@ -39,7 +40,7 @@ _PAIRS = 5
 _LOOSE = 0.3  # share of the gradient's size, as the preconditioner measures it, that may be left
 _MOST_PRODUCTS = 250  # in one step
 _ENOUGH = 1e-4  # Armijo's share of the slope
-_SHORT = 0.2  # a length of step that makes the sample grow
+_SHORT = 0.2  # a length of step that makes the sample grow at once
 _SHORTEST = 1e-10
 
 
@@ -65,7 +66,7 @@ class Objective(Protocol):
         """Return the Hessian at θ times a direction."""
 
     def sample(self, n: int) -> Objective:
-        """Return the mean over n of the rows, or itself where it has no more."""
+        """Return the mean over n rows or more, or itself where it has hardly more."""
 
     def preconditioner(self) -> Preconditioner:
         """Return an approximate inverse of the Hessian."""
@@ -111,16 +112,19 @@ def minimize_newton(
     curvature = _Curvature(objective, max(_FEWEST_ROWS, _ROWS_A_FEATURE * objective.shape[1]))
     pairs: deque[_Pair] = deque(maxlen=_PAIRS)
     at = _Point(start, *objective.value_and_grad(start))
+    shortened = False
     for _ in range(max_iter):
-        direction = _direction(curvature, at, pairs)
-        length, then = _search(objective, at, direction)
-        if then is None and curvature.whole:
-            break
-        if then is None or length < _SHORT:
+        length, then = _search(objective, at, _direction(curvature, at, pairs))
+        while then is None and not curvature.whole:
             curvature = curvature.larger()
             pairs.clear()
+            length, then = _search(objective, at, _direction(curvature, at, pairs))
         if then is None:
-            continue
+            break
+        if length < _SHORT or (length < 1 and shortened):
+            curvature = curvature.larger()
+            pairs.clear()
+        shortened = length < 1
         if not curvature.whole:
             _remember(pairs, at, then)
         at = then
@@ -135,8 +139,7 @@ class _Curvature:
     """The Hessian of a sample of at least n rows, with its preconditioner."""
 
     def __init__(self, objective: Objective, n: int) -> None:
-        # A sample of most rows saves less than its rows take.
-        self._all, self._sample = objective, objective.sample(n if 2 * n <= objective.n_rows else 2**62)
+        self._all, self._sample = objective, objective.sample(n)
         self.whole = self._sample is objective
         self._preconditioner = self._sample.preconditioner()
         self._products = math.inf  # since the preconditioner was made

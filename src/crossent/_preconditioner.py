@@ -5,8 +5,8 @@ there is a bias. Both approximations drop what couples the classes:
 
 `GramPreconditioner`      one matrix for every class, Σᵢ sᵢ hᵢ x̃ᵢ x̃ᵢᵀ / Σᵢ sᵢ with hᵢ the mean over
                           the classes of p(1 − p); its Cholesky factor takes n D² + D³/3 operations.
-`DiagonalPreconditioner`  one number for every weight, Σᵢ sᵢ xᵢⱼ² / Σᵢ sᵢ times its class's own mean
-                          of p(1 − p): for very many features.
+`DiagonalPreconditioner`  one number for every weight, its feature's mean square times its class's
+                          mean of p(1 − p): for very many features.
 """
 
 from __future__ import annotations
@@ -100,19 +100,14 @@ class DiagonalPreconditioner:
 
     def __init__(self, objective: MultinomialObjective) -> None:
         self._objective = objective
-        self._squares: Vector | None = None  # (D,), the mean square of each feature
         self._inverse: Vector
 
     def update(self, theta: Vector) -> None:
         objective = self._objective
-        spread, squares = np.zeros(objective.shape[0]), np.zeros(objective.shape[1])
-        for x, p, s in objective.probabilities(theta):
+        spread = np.zeros(objective.shape[0])
+        for _, p, s in objective.probabilities(theta):
             spread += (p * (1 - p) * s[:, np.newaxis]).sum(axis=0)
-            if self._squares is None:
-                squares += _squared(x, s)
-        if self._squares is None:
-            self._squares = squares
-        coef = np.outer(spread, self._squares) + objective.ridge
+        coef = np.outer(spread, objective.mean_squares) + objective.ridge
         diagonal = objective.pack(coef, spread)
         largest = float(diagonal.max(initial=0.0))
         if not np.isfinite(largest):
@@ -143,10 +138,3 @@ def _inverse(gram: NDArray[Any], lifted: float) -> Vector:
         found: Vector = linalg.cho_solve(factor, np.eye(len(gram)), check_finite=False)
         return found
 
-
-def _squared(x: Any, weight: Vector) -> Vector:
-    """Return Σᵢ sᵢ xᵢⱼ² for every feature j."""
-    if isinstance(x, np.ndarray):
-        return np.einsum("i,ij,ij->j", weight, x, x, dtype=np.float64)
-    each = np.repeat(weight, np.diff(x.indptr)) * np.square(x.data, dtype=np.float64)
-    return np.bincount(x.indices, weights=each, minlength=x.shape[1])

@@ -192,7 +192,6 @@ class Head:
             for chunk in self._chunks(0):
                 given = _part(upstream, chunk)
                 self._pass_hvp(chunk, given, (along_weight, along_bias), *sums.places(chunk))
-                sums.finish(chunk)
             return sums.found()
         for chunk in self._chunks(2, along_x):
             z, h, dx = self._logits(chunk), chunk.buffers[1], chunk.along

@@ -19,7 +19,8 @@ def main() -> None:
     """Run the command line and exit.
 
     Exit status: 0 done; 1 `crossent check` found a mismatch; 2 the input cannot be used;
-    130 interrupted.
+    3 `crossent train` was interrupted and has written the best model so far; 130 interrupted, and
+    nothing was written.
     """
     try:
         sys.exit(_run())

@@ -92,6 +92,32 @@ def train(
             "0.01).",
         ),
     ] = None,
+    select_penalty: Annotated[
+        bool,
+        typer.Option(
+            "--select-penalty",
+            help="Choose C by cross-validation on the training rows: the one with the lowest "
+            "held-out loss.",
+        ),
+    ] = False,
+    cs: Annotated[
+        str | None,
+        typer.Option(
+            "--Cs",
+            help="Cs to choose from, separated by commas (if not given 1e-4, 3e-4, … to 1e4, "
+            "ended early where the loss only rises).",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Parts to hold out in turn (5 if not given).")
+    ] = None,
+    one_se: Annotated[
+        bool,
+        typer.Option(
+            "--one-se",
+            help="Choose the strongest penalty within one standard error of the best.",
+        ),
+    ] = False,
     max_iter: Annotated[int, typer.Option(min=1, help="Most iterations.")] = 1000,
     tol: Annotated[
         float | None,
@@ -111,9 +137,14 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace an older output folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
-    """Fit a softmax layer; write the model, its metrics and a report to a new folder."""
+    """Fit a softmax layer; write the model, its metrics and a report to a new folder.
+
+    Ctrl-C ends the fit, writes the best model so far and exits with status 3; a second Ctrl-C, or
+    one before there is a model, ends it with nothing written.
+    """
     from rich.console import Console
 
+    from crossent.cli.penalty_path import parse_cs
     from crossent.cli.train import TrainSettings
     from crossent.cli.train import train as run
 
@@ -128,10 +159,16 @@ def train(
         C=c,
         max_iter=max_iter,
         tol=tol,
+        select_penalty=select_penalty,
+        Cs=None if cs is None else parse_cs(cs),
+        folds=folds,
+        one_se=one_se,
         output=output,
         force=force,
     )
-    run(settings, Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True))
+    trained = run(settings, Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True))
+    if trained.interrupted:
+        raise typer.Exit(3)
 
 
 @app.command()

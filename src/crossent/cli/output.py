@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,21 +62,36 @@ def new_folder(folder: Path, force: bool, ours: frozenset[str]) -> Iterator[Path
         filled = staging / folder.name
         filled.mkdir()
         yield filled
-        require_new_folder(folder, force, ours)
-        if folder.exists():
-            replaced = staging / "replaced"
-            folder.rename(replaced)
-            try:
+        with _uninterrupted():
+            require_new_folder(folder, force, ours)
+            if folder.exists():
+                replaced = staging / "replaced"
+                folder.rename(replaced)
+                try:
+                    filled.rename(folder)
+                except BaseException:
+                    replaced.rename(folder)
+                    raise
+            else:
                 filled.rename(folder)
-            except BaseException:
-                replaced.rename(folder)
-                raise
-        else:
-            filled.rename(folder)
     except OSError as error:
         raise _unwritable(folder, error) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with _uninterrupted():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C while folders change places: between two renames the older one is a stray."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted, and only it may set a handler
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager

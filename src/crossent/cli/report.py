@@ -16,10 +16,12 @@ from crossent.cli.model_file import SavedModel
 from crossent.cli.report_confusion import confusion_section
 from crossent.cli.report_figures import picture, reliability_chart, training_chart
 from crossent.cli.report_html import percent, scrollable, table
+from crossent.cli.report_penalty import penalty_section
 from crossent.cli.training_metrics import not_converged_advice
 
 EXAMPLES = 12
 CONTRIBUTIONS = 4
+ITERATION_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def write_report(report: ReportData, path: Path) -> None:
             _header(report),
             _numbers(report.metrics),
             _warning(report.metrics),
+            penalty_section(report.metrics["penalty_selection"]),
             '<div class="grid">',
             _training(report.metrics),
             _reliability(report),
@@ -91,7 +94,7 @@ def _header(report: ReportData) -> str:
 
 
 def _numbers(metrics: dict[str, Any]) -> str:
-    test, fit = metrics["test"], metrics["fit"]
+    test = metrics["test"]
     low, high = test["accuracy_interval_95"]
     uniform = np.log(len(metrics["data"]["classes"]))
     cards = [
@@ -111,11 +114,7 @@ def _numbers(metrics: dict[str, Any]) -> str:
             percent(test["baseline_accuracy"]),
             "always the commonest class",
         ),
-        (
-            "Fit",
-            f"{fit['seconds']:.1f} s",
-            f"{fit['iterations']} iterations",
-        ),
+        *_fit_numbers(metrics),
     ]
     items = "".join(
         f'<div><dt>{label}</dt><dd class="value">{value}</dd><dd>{note}</dd></div>'
@@ -124,28 +123,84 @@ def _numbers(metrics: dict[str, Any]) -> str:
     return f'<dl class="numbers">{items}</dl>'
 
 
+def _fit_numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    fit, selection = metrics["fit"], metrics["penalty_selection"]
+    penalty = "none" if fit["C"] is None else f"C = {fit['C']:g}"
+    iterations = _counted(fit["iterations"], "iteration")
+    if selection is None:
+        given = "weights are free" if fit["C"] is None else "inverse strength, as given"
+        return [("Penalty", penalty, given), ("Fit", f"{fit['seconds']:.1f} s", iterations)]
+    fits = len(selection["path"]) * (selection["folds"] + 1)
+    return [
+        ("Penalty", penalty, f"chosen by {selection['folds']}-fold cross-validation"),
+        ("Fit", f"{selection['seconds']:.1f} s", f"{fits} fits; this one {iterations}"),
+    ]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def _warning(metrics: dict[str, Any]) -> str:
-    fit = metrics["fit"]
-    if fit["converged"]:
+    fit, selection = metrics["fit"], metrics["penalty_selection"]
+    steps = _counted(fit["iterations"], "iteration")
+    if fit["interrupted"]:
+        text = (
+            f"<b>Interrupted.</b> Ctrl-C ended the fit after {steps}, with a largest gradient "
+            f"entry of {fit['gradient_norm']:.1e} and a tolerance of {fit['tol']:g}. This is the "
+            "model at that point; the command below, left to its end, makes the final one."
+        )
+    elif metrics["interrupted"]:
+        tried = len(selection["path"])
+        whole = tried + len(selection["not_tried"])
+        text = (
+            f"<b>Interrupted.</b> Ctrl-C ended the choice of the penalty after {tried} of {whole} "
+            "Cs. This is the model of the best of them; a weaker penalty may be better."
+        )
+    elif not fit["converged"]:
+        text = (
+            f"<b>Not converged.</b> The fit stopped after {steps} with a largest gradient entry of "
+            f"{fit['gradient_norm']:.1e}, above the tolerance of {fit['tol']:g}. "
+            f"What to do: {escape(not_converged_advice(fit))}."
+        )
+    else:
         return ""
-    return (
-        '<p class="warning"><b>Not converged.</b> The fit stopped after '
-        f"{fit['iterations']} iterations with a largest gradient entry of "
-        f"{fit['gradient_norm']:.1e}, above the tolerance of {fit['tol']:g}. "
-        f"What to do: {escape(not_converged_advice(fit))}.</p>"
-    )
+    return f'<p class="warning">{text}</p>'
 
 
 def _training(metrics: dict[str, Any]) -> str:
-    fit = metrics["fit"]
+    fit, selection = metrics["fit"], metrics["penalty_selection"]
+    cs = [] if selection is None else [point["C"] for point in selection["path"]]
+    place = cs.index(fit["C"]) if cs else 0
+    start = f"It started from the solution for C = {cs[place - 1]:g}. " if place else ""
+    fell = (
+        "The mean loss with the L2 penalty's share fell from "
+        f"{fit['history'][0]['objective']:.4f} to {fit['objective']:.4f} "
+        f"in {_counted(fit['iterations'], 'iteration')}. "
+    )
     return (
         "<section><h2>Training</h2>"
-        f"{training_chart(fit['history'])}"
-        f"<p>The mean loss with the L2 penalty's share fell from "
-        f"{fit['history'][0]['objective']:.4f} to {fit['objective']:.4f}. "
-        f"Mean loss on the training rows: {metrics['train']['loss']:.4f}, "
-        f"accuracy {percent(metrics['train']['accuracy'])}.</p></section>"
+        f"{training_chart(fit['history'], fit['tol'])}"
+        f"<p>{start}{fell}Mean loss on the training rows: {metrics['train']['loss']:.4f}, "
+        f"accuracy {percent(metrics['train']['accuracy'])}.</p>{_iterations(fit)}</section>"
     )
+
+
+def _iterations(fit: dict[str, Any]) -> str:
+    if len(fit["history"]) > ITERATION_ROWS:
+        return ""
+    rows = [
+        [
+            str(record["iteration"]),
+            f"{record['objective']:.6f}",
+            f"{record['gradient_norm']:.1e}",
+            f"{record['seconds']:.2f}",
+        ]
+        for record in fit["history"]
+    ]
+    caption = "Loss with penalty, largest gradient entry and time at each iteration; 0 is the start"
+    numbers = table(caption, ["Iteration", "Loss", "Gradient", "Seconds"], rows)
+    return f"<details><summary>The iterations as a table</summary>{numbers}</details>"
 
 
 def _reliability(report: ReportData) -> str:
@@ -184,11 +239,13 @@ def _mistakes(report: ReportData) -> str:
     if not len(worst):
         return f"<section>{title}<p>Every test row is classified correctly.</p></section>"
     show = _mistake_table if report.model.image_shape is None else _mistake_images
-    return (
-        f"<section>{title}<p>Of {len(wrong):,} mistakes on {len(predicted):,} test rows, the "
-        f"{len(worst)} in which the wrong class has the highest probability.</p>"
-        f"{show(report, worst)}</section>"
+    which = (
+        f"All {len(wrong)} mistakes on {len(predicted):,} test rows, the most confident first."
+        if 1 < len(wrong) == len(worst)
+        else f"Of {_counted(len(wrong), 'mistake')} on {len(predicted):,} test rows, the "
+        f"{len(worst)} in which the wrong class has the highest probability."
     )
+    return f"<section>{title}<p>{which}</p>{show(report, worst)}</section>"
 
 
 def _mistake_images(report: ReportData, worst: NDArray[np.int64]) -> str:
@@ -252,18 +309,26 @@ def _settings(report: ReportData) -> str:
     data, fit = metrics["data"], metrics["fit"]
     own_test_set = data["test_size"] is None
     split = data["split"] + ("" if own_test_set else f", {data['test_size']:g} for testing")
+    selection = metrics["penalty_selection"]
+    penalty = "no penalty" if fit["C"] is None else f"{fit['C']:g}"
+    if selection is not None:
+        penalty += (
+            f", chosen from {len(selection['path'])} by {selection['folds']} folds; "
+            f"rule: {selection['rule']}"
+        )
     rows = [
         ["Split", split],
         ["Seed", "none needed" if data["seed"] is None else str(data["seed"])],
         ["Feature scaling", f"{data['scale']}, fitted on the training rows, kept in the model"],
-        ["C (inverse penalty)", "no penalty" if fit["C"] is None else f"{fit['C']:g}"],
+        ["C (inverse penalty)", penalty],
         ["Tolerance on the gradient", f"{fit['tol']:g}"],
         ["Most iterations", str(fit["max_iter"])],
         ["Versions", ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())],
         ["Made", metrics["created"]],
     ]
     return (
-        "<section><h2>Settings</h2>"
+        "<section><h2>What was run</h2>"
+        f"<pre>{escape(metrics['command'])}</pre>"
         + table("How this model was trained", ["Setting", "Value"], rows, text_columns=(1,))
         + "</section><footer class='muted'>Apply the model to rows with the same features: "
         "<code>crossent predict FOLDER FILE</code>, with the folder that holds this page. "

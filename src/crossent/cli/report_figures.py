@@ -11,10 +11,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from crossent.cli.metrics import Calibration, wilson_interval
@@ -36,8 +37,8 @@ LIGHT = Theme("#1b2430", "#5a6675", "#dde2e8", "#1f63b4", "#c2571a", "#ffffff")
 DARK = Theme("#e6eaf0", "#9aa7b6", "#323c49", "#79b4f5", "#f0a06a", "#1a212a")
 
 
-def training_chart(history: list[dict[str, float]]) -> str:
-    """Return the objective and the gradient norm over the iterations."""
+def training_chart(history: list[dict[str, float]], tol: float) -> str:
+    """Return the objective and the gradient norm over the iterations, down to the tolerance."""
     iterations = [record["iteration"] for record in history]
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -48,14 +49,80 @@ def training_chart(history: list[dict[str, float]]) -> str:
             (lower, "gradient_norm", theme.second, "largest gradient entry"),
         ):
             values = [record[key] for record in history]
-            axes.plot(iterations, values, color=colour, marker=marker, markersize=3)
+            axes.plot(iterations, values, color=colour, marker=marker, markersize=4)
             axes.set_title(title, loc="left")
+        upper.ticklabel_format(axis="y", useOffset=False)
         if min(record["gradient_norm"] for record in history) > 0:
             lower.set_yscale("log")
+            lower.yaxis.set_minor_locator(NullLocator())
+        if tol > 0:
+            lower.axhline(tol, color=theme.muted, linestyle="--", linewidth=1)
+            lower.annotate(
+                "tolerance", (0, tol), (2, 3), textcoords="offset points", color=theme.muted, size=9
+            )
         lower.set_xlabel("iteration")
-        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
     return _chart(draw, (5, 4), "Loss and gradient norm by iteration; the numbers are below.")
+
+
+def penalty_chart(path: list[dict[str, Any]], best: float, chosen: float) -> str:
+    """Return held-out and training loss over C, with the best and the chosen C."""
+    cs = [point["C"] for point in path]
+    losses = np.array([point["loss"] for point in path])
+    errors = np.array([point["standard_error"] for point in path])
+    at_best, at_chosen = cs.index(best), cs.index(chosen)
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes: Axes = figure.subplots()
+        low, high = losses[at_best] - errors[at_best], losses[at_best] + errors[at_best]
+        axes.axhspan(low, high, color=theme.line, alpha=0.14, linewidth=0)
+        axes.axvline(chosen, color=theme.muted, linestyle="--", linewidth=1)
+        axes.plot(
+            cs,
+            [point["train_loss"] for point in path],
+            color=theme.second,
+            linestyle=":",
+            label="training rows",
+        )
+        axes.errorbar(
+            cs,
+            losses,
+            np.minimum(errors, 0.95 * losses),  # a logarithmic axis has no 0
+            fmt="-o",
+            color=theme.line,
+            elinewidth=1.2,
+            capsize=2.5,
+            markersize=4,
+            label="held-out rows, ± standard error",
+        )
+        axes.plot(
+            [chosen], [losses[at_chosen]], "o", markersize=9, color=theme.line, label="chosen C"
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        bottom, top = axes.get_ylim()  # far overfitted training rows would flatten the rest
+        axes.set_ylim(max(bottom, (losses - errors).min() / 3), top)
+        _plain_log_ticks(axes.xaxis, (1.0,))
+        _plain_log_ticks(axes.yaxis, (1.0, 2.0, 5.0))
+        axes.set_title("mean cross-entropy (nats)", loc="left")
+        axes.set_xlabel("← stronger penalty      C      weaker penalty →")
+        axes.legend(frameon=False, fontsize=10, labelcolor=theme.text)
+
+    return _chart(
+        draw,
+        (5.6, 4),
+        f"Held-out loss by C, lowest at {best:g}, with the standard error over the folds, and "
+        "the loss on the training rows; the numbers are in the table below.",
+        wide=True,
+    )
+
+
+def _plain_log_ticks(axis: Axis, digits: tuple[float, ...]) -> None:
+    """Label these multiples of the powers of ten, as numbers and not as powers."""
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def reliability_chart(calibration: Calibration) -> str:
@@ -128,11 +195,17 @@ def picture(row: NDArray[np.generic], shape: tuple[int, ...], white: float, alt:
     return f'<img class="example" src="{source}" alt="{escape(alt)}">'
 
 
-def _chart(draw: Callable[[Figure, Theme], None], inches: tuple[float, float], alt: str) -> str:
+def _chart(
+    draw: Callable[[Figure, Theme], None],
+    inches: tuple[float, float],
+    alt: str,
+    wide: bool = False,
+) -> str:
     light, dark = (_svg(draw, inches, theme) for theme in (LIGHT, DARK))
+    width = "chart wide" if wide else "chart"
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img class="chart" src="{light}" alt="{escape(alt)}" '
+        f'<img class="{width}" src="{light}" alt="{escape(alt)}" '
         f'width="{inches[0] * 100:.0f}" height="{inches[1] * 100:.0f}"></picture>'
     )
 

@@ -17,7 +17,7 @@ PACKAGES = ("crossent", "numpy", "scipy", "scikit-learn", "polars")
 def training_metrics(
     dataset: Dataset,
     chosen: dict[str, Any],
-    fit: dict[str, Any],
+    run: dict[str, Any],
     on_train: Evaluation,
     on_test: Evaluation,
     calibration: Calibration,
@@ -29,14 +29,15 @@ def training_metrics(
     dataset : Dataset
     chosen : dict
         How the data were split and scaled.
-    fit : dict
-        The classifier's parameters and how its fit went.
+    run : dict
+        The command, whether it was interrupted, how C was chosen ("penalty_selection"; None where
+        it was given), the classifier's parameters and how its fit went ("fit").
     on_train, on_test : Evaluation
     calibration : Calibration
         Of `on_test`.
     """
     names = [class_name(label) for label in dataset.classes]
-    return {
+    return run | {
         "data": {
             "name": dataset.name,
             "rows": len(dataset.labels),
@@ -45,7 +46,6 @@ def training_metrics(
             "image_shape": dataset.image_shape,
         }
         | chosen,
-        "fit": fit,
         "train": {
             "rows": len(on_train.labels),
             "accuracy": on_train.accuracy,
@@ -60,9 +60,30 @@ def training_metrics(
 
 def not_converged_advice(fit: dict[str, Any]) -> str:
     """Return what to do about a fit that ended above its tolerance."""
+    if fit["interrupted"]:
+        return "let it end"
     if fit["iterations"] >= fit["max_iter"]:
         return "raise --max-iter"
     return f"no step lowers the loss further, a --tol of {fit['gradient_norm']:.0e} is in reach"
+
+
+def how_it_ended(metrics: dict[str, Any]) -> str:
+    """Return one line about how the fit, and the selection before it, came to an end."""
+    fit, selection = metrics["fit"], metrics["penalty_selection"]
+    steps = f"{fit['iterations']} iteration{'' if fit['iterations'] == 1 else 's'}"
+    if fit["interrupted"]:
+        return f"interrupted after {steps}, {fit['seconds']:.1f} s: the model so far is kept"
+    ended = "converged" if fit["converged"] else f"not converged ({not_converged_advice(fit)})"
+    if selection is None:
+        return f"{ended} after {steps}, {fit['seconds']:.1f} s"
+    tried = len(selection["path"])
+    whole = tried + len(selection["not_tried"])
+    text = (
+        f"C {selection['chosen_C']:g}, chosen from {tried} in {selection['seconds']:.1f} s, {ended}"
+    )
+    if selection["ended_by"] == "interrupt":
+        return f"interrupted after {tried} of {whole} Cs: {text}"
+    return text
 
 
 def _on_test(names: list[str], on_test: Evaluation, calibration: Calibration) -> dict[str, Any]:

@@ -62,7 +62,13 @@ class Words:
     sizes : str
         What the sizes in the summary are of.
     mark : tuple of str
-        What else the picture marks, as `base`, and what its legend calls it.
+        What else the picture marks, as `base`, and what its legend calls it; nothing if None.
+    task, dtype : str
+        What the picture shows of a run, where there is any; every dtype if None.
+    first : str
+        Above the first column of the summary.
+    halves : bool
+        The summary's last column tells the time over that in float32.
     """
 
     name: str
@@ -79,7 +85,11 @@ class Words:
     method: str = ""
     leader: str = "crossent"
     sizes: str = "logits"
-    mark: tuple[str, str] = ("fastest copy", "fastest copy")
+    mark: tuple[str, str] | None = ("fastest copy", "fastest copy")
+    task: Task = "loss+gradient"
+    dtype: str | None = "float32"
+    first: str = "task"
+    halves: bool = True
 
     @property
     def files(self) -> frozenset[str]:

@@ -133,6 +133,43 @@ def head(
     _run(HEAD, *given)
 
 
+@app.command()
+def fit(
+    threads: _Threads = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each solver's fits, once its tolerance is known.")
+    ] = 10.0,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Number of those fits, in place of --seconds.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=0.001, help="Seconds that a fit may take.")] = 120.0,
+    memory: Annotated[
+        float, typer.Option(min=0.001, help="GB that a fit may take beside its data.")
+    ] = 4.0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="digits, fashion-mnist, text, many-classes (all if not given)."),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="crossent-lbfgs, sklearn-lbfgs, sklearn-newton-cg, sklearn-newton-cholesky (all "
+            "if not given); crossent's newton-cg is always in."
+        ),
+    ] = None,
+    output: _Output = None,
+    force: _Force = False,
+    quick: _Quick = False,
+) -> None:
+    """Time to scikit-learn's own objective, against its solvers; writes a new folder."""
+    from rich.console import Console
+
+    from crossent.cli.bench.bench_fit import FitSettings, run
+
+    given = (threads, seconds, repeats, limit, memory, tasks, peers, output, force, quick)
+    run(FitSettings(*given), Console(highlight=False, markup=False, soft_wrap=True))
+
+
 def _run(benchmark: "Benchmark[Any]", *given: Any) -> None:
     from rich.console import Console
 

@@ -17,7 +17,7 @@ from crossent.cli.bench.head_problem import (
 )
 from crossent.cli.bench.peers import Arrays, Contender, Peer
 from crossent.cli.bench.peers_frameworks_head import our_heads
-from crossent.cli.bench.results import Group, Timed
+from crossent.cli.bench.results import Group, Timed, megabytes
 from crossent.cli.bench.shapes import MAIN
 from crossent.cli.bench.yardsticks import held_against
 
@@ -76,21 +76,17 @@ class HeadGroup(Group):
         taken, errors = self.memory.get(timed.name), self.errors.get(timed.name, {})
         found = (errors.get(_ERRORS[name]) for name in ("loss", *self.wrt))
         return (
-            "–" if taken is None else _megabytes(taken),
+            "–" if taken is None else megabytes(taken),
             *("–" if error is None else f"{error:.1e}" for error in found),
         )
 
     def note(self) -> str:
         """Return what the figures are of."""
-        gradients = f", the gradients, {_megabytes(self.outputs)}, among it" if self.outputs else ""
+        gradients = f", the gradients, {megabytes(self.outputs)}, among it" if self.outputs else ""
         memory = f"Memory beside the inputs{gradients}. " if self.memory else ""
         rates = ", ".join(f"{title} {rate / 1e9:.1f}" for title, rate in self.rates.items())
         sizes = "×".join(map(str, self.errors_of))
         return f"{memory}Errors on {sizes}. GFLOP/s of a product of square matrices: {rates}."
-
-
-def _megabytes(n: int) -> str:
-    return f"{n / 2**20:.0f} MB" if n >= 2**20 else "< 1 MB"
 
 
 def _need(shape: HeadShape, dtype: str) -> float:

@@ -2,26 +2,19 @@
 
 The child imports what it needs, makes a call of a tiny problem, so that threads and libraries are
 there, and makes the inputs; what is compiled is called once on them, as compiling takes memory too.
-Freed memory goes back to the system. What the next call adds to the resident set at its peak, its
-result included, is what it takes. Linux tells the peak since a moment (`/proc/self/clear_refs`,
-VmHWM); elsewhere only the peak since the start is known (`ru_maxrss`), which making the inputs may
-hide.
+What the next call adds to the resident set at its peak, its result included, is what it takes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
-import resource
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 from crossent.cli.bench.head_problem import HeadProblem, HeadShape, head_problems
+from crossent.cli.bench.peak import peak_of
 from crossent.cli.bench.peers import Contender, Task
 from crossent.cli.bench.peers_frameworks_head import head_peers, our_heads
 
@@ -30,8 +23,6 @@ METHOD = (
     "process of its own, once inputs, threads and libraries (and what is compiled) are there."
 )
 _PATIENCE = 1800  # seconds
-_HWM = "VmHWM after a reset through /proc/self/clear_refs"
-_MAXRSS = "ru_maxrss over the resident set before"
 
 
 def in_a_process(name: str, problem: HeadProblem, shape: HeadShape) -> tuple[int | None, str]:
@@ -78,38 +69,9 @@ def measured(name: str, task: Task, dtype: str, shape: HeadShape, threads: int) 
         tiny = replace(shape, logits=(8, 6), features=16)
         contender(head_problems(tiny, dtype, threads)(task)).call()
         ready = contender(head_problems(shape, dtype, threads)(task))
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc has kept of what was freed
-    how = _HWM if _reset_peak() else _MAXRSS
-    before = _status("VmRSS") or _maxrss()
-    result = ready.call()
-    peak = _status("VmHWM") if how == _HWM else _maxrss()
+    result, taken, how = peak_of(ready.call)
     del result
-    return max(peak - before, 0), how
-
-
-def _reset_peak() -> bool:
-    """Begin to take the peak of the resident set anew; tell whether the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", "ascii")
-    except OSError:
-        return False
-    return _status("VmHWM") > 0
-
-
-def _status(field: str) -> int:
-    """Return a field of /proc/self/status in bytes; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text("ascii").splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _maxrss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return taken, how
 
 
 def _main() -> None:

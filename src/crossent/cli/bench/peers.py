@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from crossent.cli.bench.timing import Call
 
-Task = Literal["loss+gradient", "loss", "softmax", "log_softmax", "stats"]
+Task = Literal["loss+gradient", "loss", "softmax", "log_softmax", "stats", "fit"]
 Output = Literal["fresh", "kept", "none"]
 Arrays = tuple[NDArray[Any], ...]
 TASKS: tuple[Task, ...] = ("loss+gradient", "loss", "softmax", "log_softmax", "stats")

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from crossent.cli.bench.benchmark import Words
 from crossent.cli.bench.peers import Output
 from crossent.cli.bench.results import Group, Report, Timed
-from crossent.cli.bench.shapes import MAIN
+from crossent.cli.bench.shapes import DTYPES
 from crossent.cli.bench.show import label
 
 _TEXT, _MUTED, _GRID, _OURS = "#1b2430", "#5a6675", "#dde2e8", "#1f63b4"
@@ -24,12 +24,16 @@ _LOOKS: dict[tuple[str, str], tuple[str, str, float]] = {
     ("crossent", "none"): ("o", _OURS, 8),
     ("crossent-compile", ""): ("h", "#6fa3dd", 9),
     ("crossent-torch", ""): ("D", "#0d3f80", 8),
+    ("crossent-lbfgs", ""): ("D", "#6fa3dd", 8),
     ("torch", ""): ("s", "#c2571a", 7),
     ("torch-linear", ""): ("<", "#a3628a", 8),
     ("torch-chunked", ""): ("v", "#2a8f6d", 8),
     ("torch-compile", ""): ("P", "#e09a2b", 8),
     ("jax", ""): ("^", "#6f4ba0", 8),
     ("sklearn", ""): ("v", "#2a8f6d", 8),
+    ("sklearn-lbfgs", ""): ("s", "#c2571a", 8),
+    ("sklearn-newton-cg", ""): ("^", "#6f4ba0", 8),
+    ("sklearn-newton-cholesky", ""): ("v", "#2a8f6d", 8),
     ("numpy", ""): ("X", "#7a8594", 8),
     ("scipy", ""): ("p", "#a3628a", 8),
 }
@@ -47,14 +51,16 @@ _STYLE: Any = {
 
 def draw(report: Report, path: Path) -> None:
     """Write the picture of the main task in float32 (of everything where that was not run)."""
-    main = [g for g in report.groups if (g.task, g.dtype) == (MAIN, "float32")]
+    words = report.words
+    dtypes = DTYPES if words.dtype is None else (words.dtype,)
+    main = [g for g in report.groups if g.task == words.task and g.dtype in dtypes]
     groups = main or list(report.groups)
     with rc_context(_STYLE):
         figure = Figure(figsize=(10, 2.3 + 0.58 * len(groups)), dpi=150, layout="constrained")
         axes = figure.subplots()
         for place, group in enumerate(groups):
-            _line(axes, place, group, report.words)
-        _frame(axes, groups, report.words.axis_text)
+            _line(axes, place, group, words)
+        _frame(axes, groups, words)
         _legend(figure, axes, _title(report, bool(main)))
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8.5, color=_MUTED)
         figure.savefig(path, facecolor="white", metadata={"Software": None})
@@ -90,10 +96,11 @@ def _line(axes: Axes, place: int, group: Group, words: Words) -> None:
             label=_legend_label(each, group),
             zorder=4 if ours else 3,
         )
-    name, called = words.mark
-    marked = group.base(name)
-    if marked is not None:
-        _tick(axes, place, marked.timing.median / unit, called)
+    for each in group.beyond():
+        _arrow(axes, place, each, unit)
+    marked = group.base(words.mark[0]) if words.mark else None
+    if marked is not None and words.mark:
+        _tick(axes, place, marked.timing.median / unit, words.mark[1])
     axes.text(
         *(1.01, place, _verdict(group, words.leader)),
         transform=axes.get_yaxis_transform(),
@@ -129,6 +136,26 @@ def _tick(axes: Axes, place: int, value: float, called: str) -> None:
     )
 
 
+def _arrow(axes: Axes, place: int, timed: Timed, unit: float) -> None:
+    """Draw one who took longer than was allowed, hollow, with an arrow to the right."""
+    marker, colour, size = _look(timed)
+    at = timed.timing.median / unit
+    axes.plot(
+        [at],
+        [place],
+        linestyle="",
+        marker=marker,
+        markersize=size,
+        markerfacecolor="white",
+        markeredgecolor=colour,
+        label=label(timed),
+        zorder=3,
+    )
+    axes.annotate(
+        "→", (at, place), (size / 2, 0), textcoords="offset points", va="center", color=colour
+    )
+
+
 def _look(timed: Timed) -> tuple[str, str, float]:
     return _LOOKS.get((timed.name, timed.output)) or _LOOKS[timed.name, ""]
 
@@ -139,7 +166,7 @@ def _legend_label(timed: Timed, group: Group) -> str:
     return label(timed)
 
 
-def _frame(axes: Axes, groups: list[Group], over: str) -> None:
+def _frame(axes: Axes, groups: list[Group], words: Words) -> None:
     axes.axvline(1, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
@@ -151,17 +178,15 @@ def _frame(axes: Axes, groups: list[Group], over: str) -> None:
     axes.set_xlim(low, high)
     axes.grid(axis="x", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    plain = all(group.task == MAIN and group.dtype == "float32" for group in groups)
+    plain = all((group.task, group.dtype) == (words.task, words.dtype) for group in groups)
+    told = "" if plain else " {0.dtype}" if words.dtype is None else " {0.dtype} {0.task}"
     axes.set_yticks(
         range(len(groups)),
-        [
-            f"{group.use}\n{group.sizes}" + ("" if plain else f" {group.dtype} {group.task}")
-            for group in groups
-        ],
+        [f"{group.use}\n{group.sizes}{told.format(group)}" for group in groups],
         fontsize=10,
     )
     axes.set_ylim(max(len(groups), 1) - 0.5, -0.5)
-    axes.set_xlabel(f"time over {over} (log scale)")
+    axes.set_xlabel(f"time over {words.axis_text} (log scale)")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
@@ -184,7 +209,9 @@ def _legend(figure: Figure, axes: Axes, title: str) -> None:
 
 
 def _title(report: Report, main: bool) -> str:
-    what = f"{report.words.title}, float32" if main else "crossent and its peers"
+    words = report.words
+    title = words.title if words.dtype is None else f"{words.title}, {words.dtype}"
+    what = title if main else "crossent and its peers"
     return f"{what}, {report.threads} thread{'s' if report.threads > 1 else ''}"
 
 

@@ -70,6 +70,19 @@ class Group:
         """Return the sizes as in tables, 8192×1000."""
         return "×".join(map(str, self.logits))
 
+    @property
+    def label(self) -> str:
+        """Return what the first column of the summary says."""
+        return self.task
+
+    def left_out(self) -> dict[str, str]:
+        """Return who is to be named on the console for having no time, and why."""
+        return {name: why for name, why in self.skipped.items() if why.startswith("failed")}
+
+    def beyond(self) -> tuple[Timed, ...]:
+        """Return who took longer than was allowed: no times, but what they are above."""
+        return ()
+
     def extra_heads(self) -> tuple[str, ...]:
         """Return what else a table of times tells of a contender."""
         return ()
@@ -187,6 +200,17 @@ class Report:
         ]
         ratios = [dataclasses.asdict(ratio) for ratio in group.ratios() + self.over_float32(group)]
         return fields | {"n_logits": math.prod(group.logits), "times": times, "ratios": ratios}
+
+
+def megabytes(n: int) -> str:
+    """Return bytes as tables tell them.
+
+    Examples
+    --------
+    >>> megabytes(3 * 2**20), megabytes(1000)
+    ('3 MB', '< 1 MB')
+    """
+    return f"{n / 2**20:.0f} MB" if n >= 2**20 else "< 1 MB"
 
 
 def _ratio(ours: Timed, over: str, base: Timed, which: str) -> Ratio:

@@ -91,7 +91,7 @@ def run(benchmark: Benchmark[P], settings: Settings, console: Console) -> Report
     method = f"{METHOD} Logits are normal with standard deviation {SCALE:g}. {THREADS}"
     report = Report(
         words=words,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=now(),
         threads=threads,
         machine=about,
         versions=versions(),
@@ -103,10 +103,20 @@ def run(benchmark: Benchmark[P], settings: Settings, console: Console) -> Report
         ),
         groups=tuple(groups),
     )
-    console.print(show.summary(report))
-    _write(folder, settings.force, report)
-    console.print(f"written to {folder}: {', '.join(sorted(words.files))}")
+    finish(report, folder, settings.force, console)
     return report
+
+
+def now() -> str:
+    """Return the time, to the second, as reports tell it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def finish(report: Report, folder: Path, force: bool, console: Console) -> None:
+    """Print a report's summary and write its folder."""
+    console.print(show.summary(report))
+    _write(folder, force, report)
+    console.print(f"written to {folder}: {', '.join(sorted(report.words.files))}")
 
 
 def _measured(

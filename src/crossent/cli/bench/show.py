@@ -32,8 +32,7 @@ def block(group: Group, words: Words) -> str:
             f"  {label(each):32} {_time(timing):>10}  ±{100 * timing.spread:3.0f} % {over:>12}"
             + "".join(f"  {cell:>8}" for cell in group.extra(each))
         )
-    failed = {name: why for name, why in group.skipped.items() if why.startswith("failed")}
-    lines += [f"  {name}: skipped, {why}" for name, why in failed.items()]
+    lines += [f"  {name}: skipped, {why}" for name, why in group.left_out().items()]
     return "\n".join(lines)
 
 
@@ -89,7 +88,8 @@ def markdown(report: Report) -> str:
 
 
 def _summary_heads(words: Words) -> tuple[str, ...]:
-    return ("task", "dtype", words.sizes, *(column.head for column in words.columns), "float32")
+    heads = (words.first, "dtype", words.sizes, *(column.head for column in words.columns))
+    return (*heads, "float32") if words.halves else heads
 
 
 def _summary_lines(report: Report) -> list[tuple[str, ...]]:
@@ -101,9 +101,9 @@ def _summary_lines(report: Report) -> list[tuple[str, ...]]:
             found = (group.ratio(output, column.over, column.name) for output in outputs)
             cells.append(_ratio(next(filter(None, found), None)))
         other = [ratio for ratio in report.over_float32(group) if ratio.name == "crossent"]
-        lines.append(
-            (group.task, group.dtype, group.sizes, *cells, _ratio(other[-1] if other else None))
-        )
+        if report.words.halves:
+            cells.append(_ratio(other[-1] if other else None))
+        lines.append((group.label, group.dtype, group.sizes, *cells))
     return lines
 
 
