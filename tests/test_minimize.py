@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 from crossent._minimize import minimize_objective
+from crossent._newton import _direction, _Pair, _Point
 
 SCALE = np.array([1.0, 4.0, 9.0])
 SOLVERS = ["lbfgs", "newton-cg"]
@@ -74,3 +75,20 @@ def test_the_last_iterate_is_returned_when_told_to_stop(solver):
     minimum = run([0.0, 0.0, 0.0], solver=solver, tol=0.0, notify=notify)
     assert len(seen) == len(minimum.history) == 3
     np.testing.assert_array_equal(minimum.theta, seen[-1])
+
+
+def test_the_last_step_is_the_direction_of_its_own_change():
+    # The secant equation of quasi-Newton methods: whatever the sample's Hessian (here the unit
+    # matrix), the last change of the gradient is answered by the last step.
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(3):
+        step = rng.normal(size=3)
+        pairs.append(_Pair(step, SCALE * step, float(step @ (SCALE * step))))
+
+    class Unit:
+        def solve(self, theta, right):
+            return right.copy()
+
+    at = _Point(np.zeros(3), 0.0, pairs[-1].change)
+    np.testing.assert_allclose(_direction(Unit(), at, pairs), -pairs[-1].step, rtol=1e-13)
