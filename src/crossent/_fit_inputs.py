@@ -1,9 +1,7 @@
-"""Checks a classifier's parameters and turns labels and weights into what the loss takes."""
+"""Turns labels and weights into what the loss takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -11,47 +9,9 @@ from numpy.typing import NDArray
 from sklearn.utils import check_array, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 
+from crossent._fit_parameters import is_number
+
 Vector = NDArray[np.float64]
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, (bool, np.bool_))
-
-
-def _is_number(value: object, kind: type[Real] | type[Integral] = Real) -> bool:
-    return isinstance(value, kind) and not _is_bool(value)
-
-
-PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "C": (lambda v: _is_number(v) and v > 0, "a number in (0, inf], inf for no penalty"),
-    "fit_intercept": (_is_bool, "True or False"),
-    "class_weight": (
-        lambda v: v is None or isinstance(v, dict) or (isinstance(v, str) and v == "balanced"),
-        "a dict of weights by class label, 'balanced' or None",
-    ),
-    "tol": (lambda v: _is_number(v) and v >= 0, "a number in [0, inf]"),
-    "max_iter": (lambda v: _is_number(v, Integral) and v >= 1, "an integer of at least 1"),
-    "solver": (
-        lambda v: isinstance(v, str) and v in ("lbfgs", "newton-cg"),
-        "'lbfgs' or 'newton-cg'",
-    ),
-    "warm_start": (_is_bool, "True or False"),
-    "callback": (lambda v: v is None or callable(v), "a callable or None"),
-}
-
-
-def check_parameters(estimator: Any) -> None:
-    """Raise ValueError for the first parameter that is not usable.
-
-    ``label_smoothing`` is not among them: the loss checks its own options.
-    """
-    for name, (is_valid, expected) in PARAMETERS.items():
-        value = getattr(estimator, name)
-        if not is_valid(value):
-            raise ValueError(
-                f"The {name!r} parameter of {type(estimator).__name__} must be {expected}. "
-                f"Got {value!r} instead."
-            )
 
 
 def is_distribution(y: Any) -> bool:
@@ -128,7 +88,7 @@ def row_weights(
 
 
 def _checked_weight(sample_weight: Any, n_rows: int) -> Vector:
-    if sample_weight is None or _is_number(sample_weight):
+    if sample_weight is None or is_number(sample_weight):
         sample_weight = np.full(n_rows, 1.0 if sample_weight is None else sample_weight)
     weight: Vector = check_array(
         sample_weight, dtype=np.float64, ensure_2d=False, input_name="sample_weight"

@@ -19,14 +19,15 @@ except ModuleNotFoundError as error:
     ) from error
 
 from crossent import log_softmax, softmax
+from crossent._fit_history import FitRecord
 from crossent._fit_inputs import (
-    check_parameters,
     distribution_target,
     is_distribution,
     label_target,
     row_weights,
 )
-from crossent._minimize import FitRecord, minimize_objective
+from crossent._fit_parameters import check_parameters
+from crossent._minimize import minimize_objective
 from crossent._multinomial import MultinomialObjective, class_scores, logits
 from crossent.runtime import register_with_loaded_threadpoolctl
 
