@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 from crossent._minimize import minimize_objective
-from crossent._newton import _direction, _Pair, _Point
+from crossent._newton import _Curvature, _direction, _Pair, _Point
 
 SCALE = np.array([1.0, 4.0, 9.0])
 SOLVERS = ["lbfgs", "newton-cg"]
@@ -92,3 +92,18 @@ def test_the_last_step_is_the_direction_of_its_own_change():
 
     at = _Point(np.zeros(3), 0.0, pairs[-1].change)
     np.testing.assert_allclose(_direction(Unit(), at, pairs), -pairs[-1].step, rtol=1e-13)
+
+
+def test_a_sample_that_does_not_do_grows_to_all_rows():
+    class Heavy(Quadratic):
+        """Whose samples are one row, drawn many times."""
+
+        n_rows = 20_000
+
+        def sample(self, n):
+            return Quadratic() if 2 * n <= self.n_rows else self
+
+    curvature = _Curvature(Heavy(), 4096)
+    for _ in range(3):
+        curvature = curvature.larger()
+    assert curvature.whole

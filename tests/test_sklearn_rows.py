@@ -1,5 +1,6 @@
 """SoftmaxClassifier on many rows: the sample behind its Newton steps, memory, and bits."""
 
+import threading
 import tracemalloc
 import warnings
 
@@ -10,7 +11,7 @@ from scipy import sparse
 pytest.importorskip("sklearn")
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from crossent._multinomial import MultinomialObjective
 from crossent._preconditioner import DiagonalPreconditioner
@@ -52,6 +53,34 @@ def test_a_category_that_few_rows_have_is_not_missed():
     y = np.argmax(scores[category] + rng.gumbel(size=(N, V)), axis=1)
     model = SoftmaxClassifier(C=1e3, tol=1e-6).fit(np.eye(200)[category], y)
     assert len(model.history_) < 20  # 50 where the rare ones seem to be free
+
+
+@pytest.mark.parametrize("weight", [1e6, 1e12])
+def test_one_row_of_nearly_all_the_weight_ends(weight):
+    X, y, _ = many(dtype=np.float32)
+    each = np.ones(N)
+    each[7] = weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # float32 may stop it
+        model = SoftmaxClassifier(tol=1e-9).fit(X, y, each)
+    assert len(model.history_) < 60
+
+
+def test_fits_at_once_leave_the_blas_its_threads():
+    X, y, _ = many(400, 100)
+    with threadpool_limits(2, user_api="blas"):
+
+        def fit_often():
+            for _ in range(10):
+                SoftmaxClassifier(tol=1e-6).fit(X, y)
+
+        both = [threading.Thread(target=fit_often) for _ in range(2)]
+        for each in both:
+            each.start()
+        for each in both:
+            each.join()
+        threads = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    assert threads == {2}
 
 
 def objective(X, y, weight=None, **options):

@@ -29,6 +29,7 @@ _WHERE = "SoftmaxClassifier.fit"
 _SAMPLE_SEED = 0
 _CHUNK_NUMBERS = 2**20
 _GROWTH, _LEAST_SEEN = 4, 0.25  # of a sample: more rows at a time, share of a feature's curvature
+_FEW_ROWS = 8  # a sample may hold a row so many times, on average
 
 
 def logits(scores: Matrix) -> Matrix:
@@ -136,7 +137,7 @@ class MultinomialObjective:
         while 2 * n <= n_weighted:
             part = self._draw(n)
             whole, seen = (spread * each.mean_squares + self.ridge for each in (self, part))
-            if (seen >= _LEAST_SEEN * whole).all():
+            if _FEW_ROWS * part.n_rows >= n and (seen >= _LEAST_SEEN * whole).all():
                 return part
             n *= _GROWTH
         return self

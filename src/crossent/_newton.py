@@ -139,13 +139,15 @@ class _Curvature:
     """The Hessian of a sample of at least n rows, with its preconditioner."""
 
     def __init__(self, objective: Objective, n: int) -> None:
-        self._all, self._sample = objective, objective.sample(n)
+        self._all, self._n, self._sample = objective, n, objective.sample(n)
         self.whole = self._sample is objective
         self._preconditioner = self._sample.preconditioner()
         self._products = math.inf  # since the preconditioner was made
 
     def larger(self) -> _Curvature:
-        return self if self.whole else _Curvature(self._all, _GROWTH * self._sample.n_rows)
+        # Of what was asked for: a sample has fewer rows where it holds some of them several times.
+        n = max(self._n, self._sample.n_rows)
+        return self if self.whole else _Curvature(self._all, _GROWTH * n)
 
     def solve(self, theta: Vector, right: Vector) -> Vector:
         """Return about H⁻¹ times a vector, by conjugate gradients from 0 on."""

@@ -11,6 +11,7 @@ there is a bias. Both approximations drop what couples the classes:
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 _FEW_FEATURES, _MOST_FEATURES = 1024, 4096  # of a Gram matrix of 8 MB, of 128 MB
+# The BLAS's number of threads is the process's: two fits must not restore each other's.
+_ONE_AT_A_TIME = threading.Lock()
 _FLOOR = 1e-12  # of the largest entry: for what has no penalty and hardly any curvature
 
 
@@ -82,7 +85,7 @@ class GramPreconditioner:
                 gram += (scaled.T @ scaled).toarray()
         gram[np.arange(n_features), np.arange(n_features)] += objective.ridge
         # One thread: a fit's bits must not depend on how many the BLAS has.
-        with self._blas.limit(limits=1, user_api="blas"):
+        with _ONE_AT_A_TIME, self._blas.limit(limits=1, user_api="blas"):
             self._inverse = _inverse(gram, 10 * objective.rounding)
 
     def solve(self, residual: Vector) -> Vector:
