@@ -77,6 +77,13 @@ def test_bad_parameters(params, text):
         (X, Y, changed(np.ones(60), 5, np.nan), "Input sample_weight contains NaN"),
         (X, Y, changed(np.ones(60), 5, -2), "must not be negative: the smallest row weight is -2"),
         (X, Y, np.zeros(60), "Sample weights must contain at least one non-zero number"),
+        (
+            X,
+            Y,
+            np.full(60, 1e307),
+            "add up to inf, too much for float64",
+        ),
+        (X, Y, np.full(60, 1e-320), "so small that the penalty"),
         (X, changed(THIRDS, (3, 1), 0.5), None, "y[3] has minimum 0.333333 and sum 1.16667"),
         (X, changed(THIRDS, 3, [-1, 1, 1]), None, "y[3] has minimum -1 and sum 1. Divide each row"),
         (X, changed(THIRDS, (3, 1), np.nan), None, "Input y contains NaN"),
@@ -87,6 +94,23 @@ def test_bad_data(X, y, sample_weight, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         model.fit(X, y, sample_weight)
     assert vars(model) == vars(SoftmaxClassifier())
+
+
+def test_a_c_so_small_that_the_penalty_overflows_is_named():
+    with pytest.raises(ValueError, match="C is 1e-312 and the row weights add up to 60, so small"):
+        SoftmaxClassifier(C=1e-312).fit(X, Y)
+
+
+def test_the_smallest_c_is_a_penalty_like_another():
+    model = SoftmaxClassifier(C=1e-300).fit(X, Y)
+    assert np.abs(model.coef_).max() < 1e-30
+
+
+def test_distributions_of_a_wider_dtype():
+    rows = np.random.default_rng(0).random((60, 3)).astype(np.longdouble)
+    rows /= rows.sum(axis=1, keepdims=True)
+    narrow = SoftmaxClassifier().fit(X, rows.astype(float))
+    np.testing.assert_array_equal(SoftmaxClassifier().fit(X, rows).coef_, narrow.coef_)
 
 
 def test_class_weight_needs_labels():

@@ -3,6 +3,7 @@
 import threading
 import tracemalloc
 import warnings
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from scipy import sparse
 pytest.importorskip("sklearn")
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 
+from crossent import _preconditioner
 from crossent._multinomial import MultinomialObjective
 from crossent._preconditioner import DiagonalPreconditioner
 from crossent.sklearn import SoftmaxClassifier
@@ -55,32 +57,39 @@ def test_a_category_that_few_rows_have_is_not_missed():
     assert len(model.history_) < 20  # 50 where the rare ones seem to be free
 
 
-@pytest.mark.parametrize("weight", [1e6, 1e12])
-def test_one_row_of_nearly_all_the_weight_ends(weight):
-    X, y, _ = many(dtype=np.float32)
+@pytest.mark.parametrize("weight", [1e9, 1e12])
+def test_one_row_of_nearly_all_the_weight_is_not_the_whole_sample(weight):
+    X, y, _ = many()
     each = np.ones(N)
     each[7] = weight
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # float32 may stop it
-        model = SoftmaxClassifier(tol=1e-9).fit(X, y, each)
-    assert len(model.history_) < 60
+    model = SoftmaxClassifier(tol=1e-8).fit(X, y, each)
+    assert len(model.history_) < 25  # 40 where it may be
 
 
-def test_fits_at_once_leave_the_blas_its_threads():
-    X, y, _ = many(400, 100)
-    with threadpool_limits(2, user_api="blas"):
+def test_fits_at_once_take_turns_with_the_threads_of_the_blas(monkeypatch):
+    X, y, _ = many(100)
+    met, waited = [], threading.Barrier(2)
 
-        def fit_often():
-            for _ in range(10):
-                SoftmaxClassifier(tol=1e-6).fit(X, y)
+    class Pools:
+        @contextmanager
+        def limit(self, **asked):
+            assert asked == {"limits": 1, "user_api": "blas"}
+            with suppress(threading.BrokenBarrierError):
+                met.append(waited.wait(timeout=0.5))  # for the other, which must not come
+            yield
 
-        both = [threading.Thread(target=fit_often) for _ in range(2)]
-        for each in both:
-            each.start()
-        for each in both:
-            each.join()
-        threads = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-    assert threads == {2}
+    monkeypatch.setattr(_preconditioner, "_blas", Pools)
+    both = [
+        threading.Thread(
+            target=objective(X, y).preconditioner().update, args=(np.zeros(V * D + V),)
+        )
+        for _ in range(2)
+    ]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert not met
 
 
 def objective(X, y, weight=None, **options):
@@ -172,12 +181,35 @@ def test_both_preconditioners_reach_the_tolerance(d):
 
 
 @pytest.mark.parametrize("C", [1.0, np.inf])
+@pytest.mark.parametrize("d", [D, 1500])  # with each of the preconditioners
 @pytest.mark.parametrize("solver", ["newton-cg", "lbfgs"])
-def test_what_no_probability_shows_stays_zero(C, solver):
-    X, y, _ = many(3000)
+def test_what_no_probability_shows_stays_zero(C, d, solver):
+    X, y, _ = many(300, d)
     model = SoftmaxClassifier(C=C, solver=solver, tol=1e-7).fit(X, y)
     assert abs(model.intercept_.sum()) < 1e-12
-    assert np.abs(model.coef_.sum(axis=0)).max() < (1e-6 if C == 1 else 1e-12)
+    if np.isinf(C):  # else the penalty's own minimum has it, to the tolerance
+        assert np.abs(model.coef_.sum(axis=0)).max() < 1e-12
+
+
+@pytest.mark.parametrize("C", [1e12, np.inf])
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_features_do_not_carry_a_float32_fit_away(C, n_classes, seed):
+    rng = np.random.default_rng(seed)
+    X, y = rng.normal(size=(60, 4)), rng.integers(0, n_classes, 60)
+    X = np.c_[X, X, np.ones((60, 2)), X[:, :1]].astype(np.float32)
+    model = SoftmaxClassifier(C=C, tol=1e-5).fit(X, y)  # a warning is an error here
+    assert np.abs(model.coef_).max() < 100
+
+
+def test_features_of_very_different_scales():
+    X, y, _ = many(300)
+    scales = 10.0 ** np.linspace(-3, 3, D)
+    even = SoftmaxClassifier(C=np.inf, tol=1e-9).fit(X, y)
+    uneven = SoftmaxClassifier(C=np.inf, tol=1e-8).fit(X * scales, y)
+    assert len(uneven.history_) <= len(even.history_) + 5
+    # A gradient of 1e-8 is 1e-5 of the smallest feature itself, and F of the second order in it.
+    assert uneven.history_[-1].objective == pytest.approx(even.history_[-1].objective, abs=1e-8)
 
 
 @pytest.mark.parametrize("container", [np.asarray, sparse.csr_array])
@@ -195,8 +227,11 @@ def test_for_two_classes_the_gram_matrix_is_the_hessian(container, fit_intercept
     theta, direction = rng.normal(size=(2, D + fit_intercept))
     gram = problem.preconditioner()
     gram.update(theta)
-    found = gram.solve(problem.hvp(theta, direction))
-    np.testing.assert_allclose(found, direction, rtol=0, atol=1e-11)
+    hessian = np.array([problem.hvp(theta, unit) for unit in np.eye(theta.size)])
+    found = gram.solve(hessian @ direction)
+    # but for the share of the diagonal that keeps it from being singular
+    lifted = hessian + np.sqrt(np.finfo(float).eps) * np.diag(hessian.diagonal())
+    np.testing.assert_allclose(lifted @ found, hessian @ direction, rtol=0, atol=1e-13)
 
 
 def test_the_diagonal_is_what_it_says():

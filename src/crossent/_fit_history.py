@@ -30,7 +30,7 @@ class Minimum:
 
 
 class Monitor:
-    """SciPy's callback: records each iterate and stops at the tolerance or when told to."""
+    """A solver's callback: records each iterate and stops at the tolerance or when told to."""
 
     def __init__(
         self, objective: Objective, tol: float, notify: Callable[[FitRecord, Vector], bool]

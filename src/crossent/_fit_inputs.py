@@ -45,7 +45,8 @@ def distribution_target(
     total = y.sum(axis=1, dtype=np.float64)
     # A rounded row of V probabilities sums to 1 within V/2 epsilons of its dtype; 16 times that
     # leaves room for rows that were normalised in the same dtype.
-    slack = 8 * y.shape[1] * np.finfo(y.dtype).eps
+    eps = max(np.finfo(y.dtype).eps, np.finfo(total.dtype).eps)
+    slack = 8 * y.shape[1] * eps
     bad = np.flatnonzero((y < 0).any(axis=1) | (np.abs(total - 1) > slack))
     if bad.size:
         row = bad[0]
@@ -78,6 +79,13 @@ def row_weights(
         raise ValueError(
             "sample_weight and class_weight must not be negative: the smallest row weight is "
             f"{weight.min():g}"
+        )
+    with np.errstate(over="ignore"):
+        total = weight.sum()
+    if not np.isfinite(total):
+        raise ValueError(
+            f"sample_weight and class_weight add up to {total}, too much for float64: the largest "
+            f"row weight is {weight.max():g}. Divide all weights by it, and multiply C by it"
         )
     if not weight.any():
         raise ValueError(

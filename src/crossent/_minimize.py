@@ -65,7 +65,7 @@ def minimize_objective(
     Returns
     -------
     Minimum
-        The last iterate, which is the best: both methods only accept decreases.
+        The last iterate, which is the best, but for the rounding of the objective.
 
     Warns
     -----
@@ -76,7 +76,7 @@ def minimize_objective(
     Raises
     ------
     ValueError
-        If the objective or its gradient is not finite at an iterate.
+        If the objective, its gradient or a direction is not finite at an iterate.
     """
     monitor = Monitor(objective, tol, notify)
     with np.errstate(over="ignore", invalid="ignore"):  # a step too far; the monitor judges

@@ -49,6 +49,18 @@ def class_scores(x: Any, coef: Matrix, intercept: Matrix) -> Matrix:
     return scores
 
 
+def _ridge(C: float, total_weight: float) -> float:
+    """Return 1 / (C Σᵢ sᵢ)."""
+    strength = C * total_weight
+    ridge = 1 / strength if strength > 0 else np.inf
+    if not np.isfinite(ridge):
+        raise ValueError(
+            f"{_WHERE}: C is {C:g} and the row weights add up to {total_weight:g}, so small that "
+            "the penalty, 1 / (C · sum) for each row, overflows; raise C, or scale the weights up"
+        )
+    return ridge
+
+
 class MultinomialObjective:
     """F(θ) = (C Σᵢ sᵢ λᵢ + ½‖W‖²) / (C Σᵢ sᵢ), its gradient and its Hessian times a vector.
 
@@ -85,24 +97,12 @@ class MultinomialObjective:
         fit_intercept: bool = True,
         label_smoothing: float = 0.0,
     ) -> None:
-        total = X.shape[0] if sample_weight is None else sample_weight.sum()
-        self._set(X, target, n_classes, sample_weight, 1.0 / (C * float(total)), label_smoothing)
-        self.fit_intercept = fit_intercept
-
-    def _set(
-        self,
-        X: Any,
-        target: NDArray[Any],
-        n_classes: int,
-        sample_weight: Vector | None,
-        ridge: float,
-        label_smoothing: float,
-    ) -> None:
         self.X, self.target, self.n_classes = X, target, n_classes
-        self.sample_weight, self.ridge = sample_weight, ridge
-        self.label_smoothing = label_smoothing
+        self.sample_weight, self.C = sample_weight, C
+        self.fit_intercept, self.label_smoothing = fit_intercept, label_smoothing
         self.shape = (1 if n_classes == 2 else n_classes, X.shape[1])  # (K, D)
         self.total_weight = float(X.shape[0] if sample_weight is None else sample_weight.sum())
+        self.ridge = _ridge(C, self.total_weight)
         options = Options(
             sample_weight=sample_weight,
             label_smoothing=label_smoothing,
@@ -152,17 +152,16 @@ class MultinomialObjective:
             at = np.searchsorted(along, (np.arange(n) + 0.5) * (along[-1] / n))
             drawn, counts = np.unique(drawn[np.minimum(at, self.n_rows - 1)], return_counts=True)
             weight = counts.astype(np.float64)
-        part = object.__new__(MultinomialObjective)
-        part._set(
+        n_drawn = float(len(drawn) if weight is None else weight.sum())
+        return MultinomialObjective(
             self.X[drawn],
             self.target[drawn],
-            self.n_classes,
-            weight,
-            self.ridge,
-            self.label_smoothing,
+            n_classes=self.n_classes,
+            sample_weight=weight,
+            C=self.C * (self.total_weight / n_drawn),
+            fit_intercept=self.fit_intercept,
+            label_smoothing=self.label_smoothing,
         )
-        part.fit_intercept = self.fit_intercept
-        return part
 
     @cached_property
     def mean_squares(self) -> Vector:

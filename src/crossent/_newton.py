@@ -17,8 +17,8 @@ Design:
      until the gradient falls.
   e. Sums of products are NumPy's own and not a BLAS's, whose bits depend on its threads.
 
-SciPy's Newton methods take no preconditioner and no second, cheaper Hessian: they need three to ten
-times as many passes over the rows.
+SciPy's Newton methods (1.17: Newton-CG, trust-ncg, trust-krylov) take no preconditioner and no
+second, cheaper Hessian.
 """
 
 from __future__ import annotations

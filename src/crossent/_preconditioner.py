@@ -11,8 +11,12 @@ there is a bias. Both approximations drop what couples the classes:
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 _FEW_FEATURES, _MOST_FEATURES = 1024, 4096  # of a Gram matrix of 8 MB, of 128 MB
-# The BLAS's number of threads is the process's: two fits must not restore each other's.
 _ONE_AT_A_TIME = threading.Lock()
 _FLOOR = 1e-12  # of the largest entry: for what has no penalty and hardly any curvature
 
@@ -60,7 +63,6 @@ class GramPreconditioner:
 
     def __init__(self, objective: MultinomialObjective) -> None:
         self._objective = objective
-        self._blas = ThreadpoolController()
         self._inverse: Vector
 
     @property
@@ -83,10 +85,10 @@ class GramPreconditioner:
                 bias = [root[:, np.newaxis]] * objective.fit_intercept
                 scaled = sparse.hstack([sparse.diags_array(root) @ x, *bias], format="csr")
                 gram += (scaled.T @ scaled).toarray()
+        gram = gram.astype(np.float64)  # before the penalty's share, which float32 may not hold
         gram[np.arange(n_features), np.arange(n_features)] += objective.ridge
-        # One thread: a fit's bits must not depend on how many the BLAS has.
-        with _ONE_AT_A_TIME, self._blas.limit(limits=1, user_api="blas"):
-            self._inverse = _inverse(gram, 10 * objective.rounding)
+        with _one_blas_thread():
+            self._inverse = _inverse(gram, math.sqrt(objective.rounding))
 
     def solve(self, residual: Vector) -> Vector:
         k, d = self._objective.shape
@@ -115,7 +117,7 @@ class DiagonalPreconditioner:
         coef = np.outer(spread, objective.mean_squares) + objective.ridge
         diagonal = objective.pack(coef, spread)
         largest = float(diagonal.max(initial=0.0))
-        if not np.isfinite(largest):
+        if not math.isfinite(largest):
             raise OverflowError
         self._inverse = 1.0 / np.maximum(diagonal, _FLOOR * largest or 1.0)
 
@@ -123,20 +125,23 @@ class DiagonalPreconditioner:
         return self._objective.without_free(self._inverse * residual)
 
 
-def _inverse(gram: NDArray[Any], lifted: float) -> Vector:
-    """Return the inverse of a matrix whose eigenvalues rounding may have made negative.
+def _inverse(matrix: Vector, lifted: float) -> Vector:
+    """Return the inverse of a symmetric matrix that rounding may have made singular, or worse.
 
-    `lifted` is the share of its largest diagonal entry that is added to all of them, and more if
-    that is not enough.
+    `lifted` is the share of each diagonal entry that is added to it, and more if that is not
+    enough. Along a direction without curvature, as where features are copies of each other, it
+    keeps the inverse from making a step of what is rounding in the gradient; it does not depend on
+    the features' scales.
     """
-    largest = float(gram.diagonal().max(initial=0.0))
-    if not np.isfinite(largest):
+    diagonal = matrix.diagonal().copy()
+    largest = float(diagonal.max(initial=0.0))
+    if not math.isfinite(largest):
         raise OverflowError
-    at = np.arange(len(gram))
+    least = _FLOOR * largest or 1.0
+    at = np.arange(len(matrix))
     while True:
-        matrix = gram.astype(np.float64, order="F")
-        matrix[at, at] += lifted * largest or 1.0
-        factor, failed = linalg.lapack.dpotrf(matrix, lower=True, clean=False, overwrite_a=True)
+        matrix[at, at] = np.maximum(diagonal * (1 + lifted), least)
+        factor, failed = linalg.lapack.dpotrf(matrix, lower=True, clean=False)
         if not failed:
             break
         lifted *= 1000
@@ -144,3 +149,18 @@ def _inverse(gram: NDArray[Any], lifted: float) -> Vector:
     for i in at:  # its other half
         inverse[i, i + 1 :] = inverse[i + 1 :, i]
     return inverse
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Bind the BLAS to one thread: a fit's bits must not depend on how many it has.
+
+    That number is the process's, so two fits at once must not restore each other's.
+    """
+    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # which looks through all libraries that are loaded

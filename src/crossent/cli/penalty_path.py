@@ -31,8 +31,7 @@ from crossent.cli.scaling import Scaling, fit_scaling
 if TYPE_CHECKING:
     from crossent.sklearn import FitProgress
 
-DEFAULT_CS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3))
-DEFAULT_CS = (*DEFAULT_CS, 1e4)
+DEFAULT_CS = (*(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 3)), 1e4)
 DEFAULT_FOLDS = 5
 PATIENCE = 3  # Cs in a row with a rising loss, before the rest of the default grid is left out
 Floats = NDArray[np.float64]
@@ -65,7 +64,7 @@ class PathPoint:
     folds_converged: int
 
     @property
-    def C(self) -> float:  # noqa: N802
+    def C(self) -> float:  # noqa: N802  (scikit-learn's name)
         """Inverse strength of the penalty."""
         return self.fit.C
 

@@ -18,7 +18,7 @@ from crossent.cli.metrics import calibration, evaluate
 from crossent.cli.output import new_folder, require_new_folder, unused
 from crossent.cli.penalty_path import DEFAULT_CS, DEFAULT_FOLDS, PenaltyPath, select_penalty
 from crossent.cli.report import ReportData, write_report
-from crossent.cli.scaling import fit_scaling
+from crossent.cli.scaling import Scaling, fit_scaling
 from crossent.cli.training_metrics import how_it_ended, training_metrics
 
 METRICS_NAME = "metrics.json"
@@ -124,7 +124,7 @@ def train(settings: TrainSettings, console: Console) -> Trained:
     train_features, train_labels = dataset.features[train_rows], dataset.labels[train_rows]
     scaling = fit_scaling(scale, train_features, dataset.pixel_max)
     tol = dataset.default_tol if settings.tol is None else settings.tol
-    fit, path = _fit(dataset, train_rows, settings, scale, tol, console)
+    fit, path = _fit(dataset, train_rows, settings, scale, scaling, tol, console)
     model = fit.model(dataset, scaling)
     on_train = evaluate(model, train_features, train_labels)
     on_test = evaluate(model, dataset.features[test_rows], dataset.labels[test_rows])
@@ -181,6 +181,7 @@ def _fit(
     rows: NDArray[np.int64],
     settings: TrainSettings,
     scale: str,
+    scaling: Scaling,
     tol: float,
     console: Console,
 ) -> tuple[Fit, PenaltyPath | None]:
@@ -203,10 +204,9 @@ def _fit(
         return path.chosen.fit, path
     C = dataset.default_c if settings.C is None else settings.C
     console.print(f"scale {scale}, C {C:g}, seed {settings.seed}")
-    features, labels = dataset.features[rows], dataset.labels[rows]
-    scaled = fit_scaling(scale, features, dataset.pixel_max)(features)
+    scaled = scaling(dataset.features[rows])
     scaled = scaled.astype(dataset.dtype, copy=False)
-    return fit_or_keep(scaled, labels, C, tol, settings.max_iter, console), None
+    return fit_or_keep(scaled, dataset.labels[rows], C, tol, settings.max_iter, console), None
 
 
 def command_line(settings: TrainSettings) -> str:
