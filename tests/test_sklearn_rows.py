@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from crossent import _preconditioner
+from crossent import _inverse
 from crossent._multinomial import MultinomialObjective
 from crossent._preconditioner import DiagonalPreconditioner
 from crossent.sklearn import SoftmaxClassifier
@@ -78,7 +78,7 @@ def test_fits_at_once_take_turns_with_the_threads_of_the_blas(monkeypatch):
                 met.append(waited.wait(timeout=0.5))  # for the other, which must not come
             yield
 
-    monkeypatch.setattr(_preconditioner, "_blas", Pools)
+    monkeypatch.setattr(_inverse, "_blas", Pools)
     both = [
         threading.Thread(
             target=objective(X, y).preconditioner().update, args=(np.zeros(V * D + V),)

@@ -12,18 +12,14 @@ there is a bias. Both approximations drop what couples the classes:
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, sparse
-from threadpoolctl import ThreadpoolController
+from scipy import sparse
 
 from crossent import products
+from crossent._inverse import symmetric_inverse
 
 if TYPE_CHECKING:
     from crossent._multinomial import MultinomialObjective
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 _FEW_FEATURES, _MOST_FEATURES = 1024, 4096  # of a Gram matrix of 8 MB, of 128 MB
-_ONE_AT_A_TIME = threading.Lock()
 _FLOOR = 1e-12  # of the largest entry: for what has no penalty and hardly any curvature
 
 
@@ -87,8 +82,7 @@ class GramPreconditioner:
                 gram += (scaled.T @ scaled).toarray()
         gram = gram.astype(np.float64)  # before the penalty's share, which float32 may not hold
         gram[np.arange(n_features), np.arange(n_features)] += objective.ridge
-        with _one_blas_thread():
-            self._inverse = _inverse(gram, math.sqrt(objective.rounding))
+        self._inverse = symmetric_inverse(gram, math.sqrt(objective.rounding))
 
     def solve(self, residual: Vector) -> Vector:
         k, d = self._objective.shape
@@ -123,44 +117,3 @@ class DiagonalPreconditioner:
 
     def solve(self, residual: Vector) -> Vector:
         return self._objective.without_free(self._inverse * residual)
-
-
-def _inverse(matrix: Vector, lifted: float) -> Vector:
-    """Return the inverse of a symmetric matrix that rounding may have made singular, or worse.
-
-    `lifted` is the share of each diagonal entry that is added to it, and more if that is not
-    enough. Along a direction without curvature, as where features are copies of each other, it
-    keeps the inverse from making a step of what is rounding in the gradient; it does not depend on
-    the features' scales.
-    """
-    diagonal = matrix.diagonal().copy()
-    largest = float(diagonal.max(initial=0.0))
-    if not math.isfinite(largest):
-        raise OverflowError
-    least = _FLOOR * largest or 1.0
-    at = np.arange(len(matrix))
-    while True:
-        matrix[at, at] = np.maximum(diagonal * (1 + lifted), least)
-        factor, failed = linalg.lapack.dpotrf(matrix, lower=True, clean=False)
-        if not failed:
-            break
-        lifted *= 1000
-    inverse: Vector = linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)[0]
-    for i in at:  # its other half
-        inverse[i, i + 1 :] = inverse[i + 1 :, i]
-    return inverse
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Bind the BLAS to one thread: a fit's bits must not depend on how many it has.
-
-    That number is the process's, so two fits at once must not restore each other's.
-    """
-    with _ONE_AT_A_TIME, _blas().limit(limits=1, user_api="blas"):
-        yield
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # which looks through all libraries that are loaded
