@@ -18,9 +18,9 @@ import numpy as np
 import crossent
 from crossent.call import Call
 from crossent.cli.bench.bench_rows import copies
+from crossent.cli.bench.inputs import inputs, output_like
 from crossent.cli.bench.machine import huge_pages, machine, on_cpus
 from crossent.cli.bench.peers import Problem
-from crossent.cli.bench.run import inputs, output_like
 from crossent.cli.bench.shapes import Shape, chosen
 from crossent.cli.bench.timing import Effort, interleaved
 from crossent.options import Options
@@ -33,8 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--shapes", help="names, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="few rows, to see that all works")
     arguments = parser.parse_args()
-    shapes = chosen(arguments.shapes, None, None, quick=False)
+    shapes = chosen(arguments.shapes, None, None, arguments.quick)
     with on_cpus(arguments.threads) as threads:
         about = machine()
         print(
@@ -168,7 +169,7 @@ def call_parts() -> Iterator[tuple[str, ...]]:
     call = Call("profile", logits, -1)
     options = Options()
     plan = call.plan(target, options)
-    losses, total = call.backend.cross_entropy(call.view, call.viewed(plan), None, call.seen(kept))
+    found = call.backend.cross_entropy(call.view, call.viewed(plan), None, call.seen(kept))
     value_and_grad = crossent.cross_entropy_value_and_grad
     parts: dict[str, Callable[[], Any]] = {
         "the whole call": lambda: value_and_grad(logits, target),
@@ -180,7 +181,7 @@ def call_parts() -> Iterator[tuple[str, ...]]:
         "options and target to a plan": lambda: call.plan(target, options),
         "a new output": call.output,
         "checking out=": lambda: call.checked_out(kept, (target,)),
-        "the loss as a scalar": lambda: call.loss(plan, losses, total),
+        "the loss as a scalar": lambda: call.loss(plan, found),
         "an empty Python call": lambda: None,
     }
     for part in parts.values():
