@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "exp.h"
 #include "rows.h"
@@ -196,11 +197,10 @@ inline Form form_of(double origin, double scale) {
   return scale != 1 ? Form::kScaled : origin != 0 ? Form::kShifted : Form::kPlain;
 }
 
-// Turns a block's logits into e = exp(scale (z - origin)) 2^(bias - reference), kVectors at a time.
+// Turns n vectors of a block's logits into e = exp(scale (z - origin)) 2^(bias - reference).
 template <class T, Form form>
 struct Reader {
   using V = typename Lanes<T>::V;
-  static constexpr int kVectors = Vectors<T>::n;
   const Exp<T> exp;
   const V origin, tau;
 
@@ -209,9 +209,10 @@ struct Reader {
         origin(splat(block.origin)),
         tau(splat(static_cast<T>(scale))) {}
 
-  __attribute__((always_inline)) void operator()(V (&x)[kVectors]) const {
-    V low[kVectors];
-    for (int k = 0; k < kVectors; k++) {
+  template <int n>
+  __attribute__((always_inline)) void operator()(V (&x)[n]) const {
+    V low[n];
+    for (int k = 0; k < n; k++) {
       if (form != Form::kPlain) x[k] -= origin;
       const V h = form == Form::kScaled ? tau * x[k] : x[k];
       low[k] = form == Form::kScaled ? fma(tau, x[k], -h) : h;
@@ -221,91 +222,76 @@ struct Reader {
   }
 };
 
-// Turns a block of n logits into e (to the scratch row, if kKeep) and their mass without entry
-// `excluded` (-1: none). Meanwhile the same place of the block after it, at `ahead`, is fetched.
-//
-// The excluded entry is looked for in every step (kSearch), or in its own, which costs a long block
-// less and a short one more: where that step comes is anybody's guess, a branch predictor's too.
-template <class T, Form form, bool kKeep, bool kSearch>
-void read_block(const T* z, T* e, int64_t n, int64_t excluded, double scale, int bias,
-                Block<T>& block, const char* ahead, int64_t ahead_step) {
+template <class T, Form form, class Type>
+void block_exponentials(const T* z, T* e, int64_t n, double scale, int bias, const Block<T>& block,
+                        const Type* ahead) {
   using V = typename Lanes<T>::V;
   constexpr int L = Lanes<T>::n, kVectors = Vectors<T>::n, kStep = kVectors * L;
   const Reader<T, form> read(block, scale, bias);
-  Mass<T> mass[2];
-  block.excluded_e = 0;
-
-  // Which lane of the vector at j is the excluded entry: none, if that is elsewhere.
-  const auto out_of = [&](int64_t j) { return static_cast<int>(excluded - j); };
-  const auto whole = [&](int64_t j, int64_t end) __attribute__((always_inline)) {
-    Mass<T> sums[2] = {mass[0], mass[1]};  // in registers
-    for (; j < end; j += kStep) {
-      for (int64_t at = 0; at < kStep * ahead_step; at += 64)
-        __builtin_prefetch(ahead + j * ahead_step + at);
-      V x[kVectors];
-      for (int k = 0; k < kVectors; k++) x[k] = load(z + j + k * L);
-      read(x);
-      for (int k = 0; k < kVectors; k++) {
-        if (kKeep || kSearch) store(e + j + k * L, x[k]);
-        if (kSearch) x[k] = select(lanes_but<T>(L, out_of(j + k * L)), x[k], V{});
-        sums[k & 1].add(x[k]);
-      }
-    }
-    mass[0] = sums[0], mass[1] = sums[1];
-  };
-  // A step that ends the block or holds the excluded entry.
-  const auto careful = [&](int64_t j) {
-    const int count = n - j < kStep ? static_cast<int>(n - j) : kStep;
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) {
+    for (int at = 0; at < kStep; at += 64 / int{sizeof(Type)}) __builtin_prefetch(ahead + j + at);
     V x[kVectors];
-    for (int k = 0; k < kVectors; k++) {
-      const int here = count - k * L;
-      x[k] = here >= L  ? load(z + j + k * L)
-             : here > 0 ? load_some(z + j + k * L, here, static_cast<T>(-kInfinity))
-                        : splat(static_cast<T>(-kInfinity));
-    }
+    for (int k = 0; k < kVectors; k++) x[k] = load(z + j + k * L);
     read(x);
-    for (int k = 0; k < kVectors; k++) {
-      const int here = count - k * L;
-      if (here <= 0) break;
-      const int out = out_of(j + k * L);
-      if (kKeep || kSearch)
-        here >= L ? store(e + j + k * L, x[k])
-                  : store_part<StoredPlain<T>>(e + j + k * L, here, x[k]);
-      if (!kSearch && out >= 0 && out < L) block.excluded_e = x[k][out];
-      mass[k & 1].add(select(lanes_but<T>(here, out), x[k], V{}));
-    }
-  };
-  const int64_t full = n / kStep * kStep;
-  const int64_t at = kSearch || excluded < 0 ? full : excluded / kStep * kStep;
-  whole(0, at);
-  if (at < n) careful(at);
-  if (at < full) {
-    whole(at + kStep, full);
-    if (full < n) careful(full);
+    for (int k = 0; k < kVectors; k++) store(e + j + k * L, x[k]);
   }
-  if (kSearch && excluded >= 0) block.excluded_e = e[excluded];
-  block.mass = mass[0].total();
-  block.mass.add(mass[1].total());
+  const auto rest = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int m = decltype(vectors)::value;
+    const int last = static_cast<int>(n - j) - (m - 1) * L;
+    V x[m];
+    for (int k = 0; k < m - 1; k++) x[k] = load(z + j + k * L);
+    x[m - 1] = load_some(z + j + (m - 1) * L, last, static_cast<T>(-kInfinity));
+    read(x);
+    for (int k = 0; k < m; k++) store(e + j + k * L, x[k]);
+  };
+  const int left = static_cast<int>((n - j + L - 1) / L);
+  if (left == 1) rest(std::integral_constant<int, 1>());
+  if (left == 2) rest(std::integral_constant<int, 2>());
+  if constexpr (kVectors > 2) {
+    if (left == 3) rest(std::integral_constant<int, 3>());
+    if (left == 4) rest(std::integral_constant<int, 4>());
+  }
 }
 
-// Without `e` nothing is kept.
+// Turns a block of n logits into e. Where the last vector goes beyond them it is that of -inf: exp's
+// floor, too little to show (exp.h, c). Meanwhile the same place of the block after it, at `ahead`,
+// is fetched.
+template <class T, class Type>
+void exponentials(const T* z, T* e, int64_t n, double scale, int bias, const Block<T>& block,
+                  const Type* ahead) {
+  const Form form = form_of(block.origin, scale);
+  const auto run = form == Form::kPlain     ? block_exponentials<T, Form::kPlain, Type>
+                   : form == Form::kShifted ? block_exponentials<T, Form::kShifted, Type>
+                                            : block_exponentials<T, Form::kScaled, Type>;
+  run(z, e, n, scale, bias, block, ahead);
+}
+
+// Finds the mass of a block's e without entry `excluded` (-1: none), which becomes 0. A pass of its own, since exp leaves no registers for the sums.
 template <class T>
-void read_block(const T* z, T* e, int64_t n, int64_t excluded, double scale, int bias,
-                Block<T>& block, const char* ahead, int64_t ahead_step) {
-  const auto run = [&](auto* each) {
-    each(z, e, n, excluded, scale, bias, block, ahead, ahead_step);
-  };
-  switch (form_of(block.origin, scale)) {
-    case Form::kPlain:
-      return run(e ? read_block<T, Form::kPlain, true, false>
-                   : read_block<T, Form::kPlain, false, false>);
-    case Form::kShifted:
-      return run(e ? read_block<T, Form::kShifted, true, false>
-                   : read_block<T, Form::kShifted, false, false>);
-    case Form::kScaled:
-      return run(e ? read_block<T, Form::kScaled, true, false>
-                   : read_block<T, Form::kScaled, false, false>);
+void find_mass(T* e, int64_t n, int64_t excluded, Block<T>& block) {
+  constexpr int L = Lanes<T>::n;
+  block.excluded_e = 0;
+  if (excluded >= 0) {
+    block.excluded_e = e[excluded];
+    e[excluded] = 0;
   }
+  Mass<T> even, odd;
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L)
+    for (int k = 0; k < 4; k += 2) {
+      even.add(load(e + j + k * L));
+      odd.add(load(e + j + (k + 1) * L));
+    }
+  if (j + L < n) {
+    even.add(load(e + j));
+    odd.add(load(e + j + L));
+    j += 2 * L;
+  }
+  if (j < n) even.add(load(e + j));
+  if (j + L < n) odd.add(load(e + j + L));
+  block.mass = even.total();
+  block.mass.add(odd.total());
 }
 
 // exp(scale (a - b) + k ln 2) for origins a and b is what this returns times lift.
@@ -412,6 +398,8 @@ void finish_block(typename S::T* e, typename S::Type* out, int64_t n,
   };
   if (!streaming) {
     int64_t j = 0;
+    for (; j + 4 * L <= n; j += 4 * L)
+      for (int k = 0; k < 4; k++) S::store(out + j + k * L, one(load(e + j + k * L)));
     for (; j + L <= n; j += L) S::store(out + j, one(load(e + j)));
     if (j < n) part(j, static_cast<int>(n - j));
     if (f.at >= 0) store_part<S>(out + f.at, 1, splat(static_cast<T>(f.value)));
@@ -426,6 +414,8 @@ void finish_block(typename S::T* e, typename S::Type* out, int64_t n,
   const int64_t begin = head < n ? head : n, end = begin + (n - begin) / L * L;
   if (begin > 0) part(0, static_cast<int>(begin));
   const auto whole = [&](int64_t j, int64_t to) __attribute__((always_inline)) {
+    for (; j + 4 * L <= to; j += 4 * L)
+      for (int k = 0; k < 4; k++) S::stream(out + j + k * L, one(load(e + j + k * L)));
     for (; j < to; j += L) S::stream(out + j, one(load(e + j)));
   };
   if (f.at >= begin && f.at < end) {

@@ -14,23 +14,28 @@ namespace crossent {
 namespace isa_v2 {
 extern const Kernels kernels;
 extern const GemmTable gemm;
+extern const AlongTable along;
 }  // namespace isa_v2
 namespace isa_v3 {
 extern const Kernels kernels;
 extern const GemmTable gemm;
+extern const AlongTable along;
 }  // namespace isa_v3
 namespace isa_v4 {
 extern const Kernels kernels;
 extern const GemmTable gemm;
+extern const AlongTable along;
 }  // namespace isa_v4
 namespace isa_v4bf16 {
 extern const Kernels kernels;
 extern const GemmTable gemm;
+extern const AlongTable along;
 }  // namespace isa_v4bf16
 #else
 namespace isa_base {
 extern const Kernels kernels;
 extern const GemmTable gemm;
+extern const AlongTable along;
 }  // namespace isa_base
 #endif
 
@@ -40,6 +45,7 @@ struct Isa {
   const char* name;
   const Kernels* kernels;
   const GemmTable* gemm;
+  const AlongTable* along;
 };
 
 // Best first, and only what the CPU and the operating system support.
@@ -69,12 +75,13 @@ const std::vector<Isa>& isas() {
       return __builtin_cpu_supports("avx512bf16") != 0;
     };
     if (has_v4() && has_bf16())
-      list.push_back({"x86-64-v4-bf16", &isa_v4bf16::kernels, &isa_v4bf16::gemm});
-    if (has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels, &isa_v4::gemm});
-    if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels, &isa_v3::gemm});
-    list.push_back({"x86-64-v2", &isa_v2::kernels, &isa_v2::gemm});
+      list.push_back(
+          {"x86-64-v4-bf16", &isa_v4bf16::kernels, &isa_v4bf16::gemm, &isa_v4bf16::along});
+    if (has_v4()) list.push_back({"x86-64-v4", &isa_v4::kernels, &isa_v4::gemm, &isa_v4::along});
+    if (has_v3()) list.push_back({"x86-64-v3", &isa_v3::kernels, &isa_v3::gemm, &isa_v3::along});
+    list.push_back({"x86-64-v2", &isa_v2::kernels, &isa_v2::gemm, &isa_v2::along});
 #else
-    list.push_back({"base", &isa_base::kernels, &isa_base::gemm});
+    list.push_back({"base", &isa_base::kernels, &isa_base::gemm, &isa_base::along});
 #endif
     return list;
   }();
@@ -94,13 +101,14 @@ constexpr int64_t kTaskLogits = 32768;
 }  // namespace
 
 const GemmTable& gemm_kernels() { return *current().gemm; }
+const AlongTable& along_kernels() { return *current().along; }
 RowKernel row_kernel(const RowJob& job) {
   const Kernels& kernels = *current().kernels;
-  return lane_rows(job)    ? kernels.lanes
-         : short_rows(job) ? kernels.short_rows
-         : lane_hvp(job)   ? kernels.hvp
-         : fast_rows(job)  ? kernels.rows
-                           : kernels.general;
+  return lane_rows(job, kernels.lane_classes) ? kernels.lanes
+         : short_rows(job)                    ? kernels.short_rows
+         : lane_hvp(job)                      ? kernels.hvp
+         : fast_rows(job)                     ? kernels.rows
+                                              : kernels.general;
 }
 void report_out_of_memory(const RowJob& job) {
   __atomic_store_n(job.no_memory, true, __ATOMIC_RELAXED);
@@ -151,11 +159,7 @@ class Run {
     if (no_memory_) return Outcome::kOutOfMemory;
     if (!done) return Outcome::kCancelled;
     if (bad_target_) return Outcome::kBadTarget;
-    if (total_) {
-      Total total;
-      total.add(sums_.data(), static_cast<int64_t>(sums_.size()));
-      *total_ = total.value();
-    }
+    if (total_) *total_ = kernels_.total(sums_.data(), static_cast<int64_t>(sums_.size()));
     return Outcome::kDone;
   }
 
@@ -187,9 +191,7 @@ class Run {
   }
 
   void add_up(int64_t k, const RowJob& job, int64_t begin, int64_t end) {
-    Total total;
-    total.add(job.loss_of(begin), end - begin);
-    sums_[static_cast<size_t>(k)] = total.value();
+    sums_[static_cast<size_t>(k)] = kernels_.total(job.loss_of(begin), end - begin);
   }
 
   // One row after the other, each on all threads. (Rows so long are a task each.)

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "along.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -18,8 +19,9 @@ std::string current_isa();
 // False, and nothing changes, if `name` is not available.
 bool set_isa(const std::string& name);
 
-// Of the one in use: its matrix products, and what serves rows of a job.
+// Of the one in use: its matrix products, those of few classes, and what serves rows of a job.
 const GemmTable& gemm_kernels();
+const AlongTable& along_kernels();
 using RowKernel = void (*)(const RowJob&, int64_t begin, int64_t end);
 RowKernel row_kernel(const RowJob& job);
 

@@ -47,9 +47,9 @@ class Feed {
                       : reinterpret_cast<const Type*>(in_.row(row));
   }
   // The start of the row `by` rows on, for fetching; of this one where there is none.
-  const char* ahead(int64_t row, int64_t by) const {
+  const Type* ahead(int64_t row, int64_t by) const {
     const bool there = !copies_in_ && row + by < in_.outer * in_.inner;
-    return there ? in_.row(row + by) : reinterpret_cast<const char*>(in(row));
+    return there ? reinterpret_cast<const Type*>(in_.row(row + by)) : in(row);
   }
   Type* out(int64_t row) const {
     if (!out_.data) return nullptr;

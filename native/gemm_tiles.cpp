@@ -40,19 +40,6 @@ using Plain = Shape<T, 6, 2>;
 template <class T>
 using Slim = Shape<T, 12, 1>;
 
-#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
-template <class V>
-CROSSENT_INLINE V multiply_add(V a, V b, V c) {
-  return fma(a, b, c);
-}
-#else
-// Without the instruction two roundings; an exact fma would take ten times as long.
-template <class V>
-CROSSENT_INLINE V multiply_add(V a, V b, V c) {
-  return a * b + c;
-}
-#endif
-
 // How the innermost tile reads a strip.
 enum class Strip { kAlongDepth, kAcross };
 
@@ -79,7 +66,7 @@ __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, c
 #pragma GCC unroll 12
     for (int r = 0; r < kStrip; r++) {
       const T number = strip == Strip::kAcross ? a[k * step + r] : a[r * step + k];
-      const V s = number - V{};  // splat adds to 0, which is an instruction of its own
+      const V s = splat(number);
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; v++) x[r][v] = multiply_add(s, b[v], x[r][v]);
     }
@@ -91,18 +78,6 @@ __attribute__((noinline)) void inner_tile(int64_t n, const T* a, int64_t step, c
       T* at = sums + r * row + v * L;
       store(at, fresh ? x[r][v] : load(at) + x[r][v]);
     }
-}
-
-// One number of a side, as T.
-template <class S>
-CROSSENT_INLINE typename S::T one(const char* at) {
-  if constexpr (std::is_same_v<typename S::Type, typename S::T>) {
-    typename S::T x;
-    __builtin_memcpy(&x, at, sizeof x);
-    return x;
-  } else {
-    return load_part<S>(reinterpret_cast<const typename S::Type*>(at), 1, 0.0f)[0];
-  }
 }
 
 // Entries [i, i + n) x depths [k0, k1) of a side to at[(k - k0) * width + r], 0 for r >= n. A
@@ -147,7 +122,8 @@ void pack(const Side& side, int64_t i, int64_t n, int64_t k0, int64_t k1, T* at)
   }
   for (; k < depth; k++)
     for (int64_t r = 0; r < n; r++)
-      at[k * width + r] = static_cast<T>(one<S>(from + r * side.stride + k * side.depth_stride));
+      at[k * width + r] =
+          static_cast<T>(load_one<S>(from + r * side.stride + k * side.depth_stride));
 }
 
 template <class T, int width>

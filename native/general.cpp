@@ -335,6 +335,7 @@ void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
 void serve_hvp(const RowJob& job, int64_t begin, int64_t end);    // hvp.cpp
 void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
                    int64_t* outside, int64_t* skipped);  // lanes.cpp
+double total(const double* losses, int64_t n);           // lanes.cpp
 // rows.cpp
 void serve_rows(const RowJob& job, int64_t begin, int64_t end);
 int64_t part_bytes(const RowJob& job);
@@ -344,8 +345,9 @@ bool part_numbers(const RowJob& job, int64_t i, void* at);
 void part_write(const RowJob& job, int64_t i, int64_t part, void* at);
 
 extern const Kernels kernels;
-const Kernels kernels = {serve_lanes,   serve_short,   serve_hvp,  serve_rows,
-                         serve_general, count_targets, part_bytes, part_start,
+constexpr int64_t kLaneClasses = Lanes<float>::n > 8 ? 48 : 128;
+const Kernels kernels = {kLaneClasses,  serve_lanes,   serve_short, serve_hvp,  serve_rows,
+                         serve_general, count_targets, total,       part_bytes, part_start,
                          part_read,     part_numbers,  part_write};
 
 }  // namespace CROSSENT_ISA

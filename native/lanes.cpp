@@ -1,13 +1,15 @@
 // One row a lane: short rows, and a class axis that is not the last one.
 //
 // Design:
-//   a. A tile holds L rows as (V, L) floats in scratch: transposed in registers where the classes
-//      are contiguous, loaded as they lie where neighbouring rows are. Every step of rows.cpp then
-//      is one vector instruction for L rows, the logarithm too, and no sum runs across lanes.
+//   a. A tile holds L rows as (V, L) floats in scratch, one row a lane (tiles.h). Every step of
+//      rows.cpp then is one vector instruction for L rows, the logarithm too, and no sum runs
+//      across lanes.
 //   b. Same numbers as rows.cpp: integer references, the target left out of the mass, the same K.
 //      Only for float (and the 16-bit dtypes, computed in it); sums and row numbers are double.
 //   c. Which rows come here depends on the number of classes and the dtype alone (lane_rows), so
-//      that no layout changes a bit.
+//      that no layout changes a bit. Transposing costs more the more lanes there are, and one row
+//      after the other less: with 16 lanes that is the faster one from some 50 classes on, with 8
+//      from some 200 (which are measured up to 128, where the tiles still fit the L1 cache).
 #include <cmath>
 #include <type_traits>
 
@@ -15,7 +17,8 @@
 #include "numbers.h"
 #include "rows.h"
 #include "storage.h"
-#include "transpose.h"
+#include "tiles.h"
+#include "total.h"
 
 namespace crossent {
 namespace CROSSENT_ISA {
@@ -34,78 +37,39 @@ class Tiles {
 
  public:
   explicit Tiles(const RowJob& job)
-      : job_(job),
-        V_(job.logits.classes),
-        contiguous_(job.logits.contiguous_rows() && (!job.out.data || job.out.contiguous_rows())),
-        padded_(job.logits.padded && (!job.out.data || job.out.padded)),
-        dense_in_(dense(job.logits)),
-        dense_out_(dense(job.out)),
-        streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kStored == 0 &&
-                 job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes),
-        numbers_(job) {
-    whole_ = L;
-    for (int64_t beyond = L - V_ % L; beyond > 0 && whole_ > 0; beyond -= V_) whole_--;
-  }
+      : job_(job), V_(job.logits.classes), memory_(job), numbers_(job) {}
 
   bool prepare() {
-    const int64_t fit = kTileBytes / (V_ * kBytes);
-    most_ = fit < 1 ? 1 : fit < kTiles ? static_cast<int>(fit) : kTiles;
-    e_ = static_cast<float*>(scratch(5, most_ * V_ * kBytes));
-    return e_ != nullptr;
+    for (Tile& tile : tiles_) tile.looked = numbers_.any_rows();
+    most_ = memory_.prepare(tiles_);
+    return most_ > 0;
   }
 
   void serve(int64_t begin, int64_t end) {
     int n = 0;
     for (int64_t i = begin; i < end;) {
-      const int rows = room(i, end);
+      const int rows = memory_.room(i, end);
       tiles_[n].begin = i;
       tiles_[n].rows = rows;
-      tiles_[n].e = e_ + n * V_ * L;
       i += rows;
       if (++n == most_ || i == end) run(n), n = 0;
     }
   }
 
  private:
-  static constexpr int kTiles = 8;
-  static constexpr int64_t kTileBytes = 16384;
-  static constexpr int kStored = L * sizeof(Type);  // bytes of a vector as it lies in memory
-
-  struct Tile {
-    int64_t begin;
-    int rows;
-    bool done;
-    float* e;
-    Looked looked;
-    Found found;
-    Factors factors;
-  };
-
-  // How many rows from i on one tile takes: those of one outer index where lanes are contiguous.
-  int room(int64_t i, int64_t end) const {
-    int64_t most = end - i;
-    if (!contiguous_) {
-      const int64_t left = job_.logits.inner - i % job_.logits.inner;
-      most = left < most ? left : most;
-      // Vectors written past the caches must be aligned: the first tile ends where one is.
-      const auto past = reinterpret_cast<uintptr_t>(streams_ ? job_.out.row(i) : nullptr) % kStored;
-      const int64_t whole = static_cast<int64_t>((kStored - past) / sizeof(Type));
-      most = past && whole < most ? whole : most;
-    }
-    return most < L ? static_cast<int>(most) : L;
-  }
-
   // Step by step over all tiles: the rows' numbers are long chains of few instructions.
   void run(int n) {
     for (int t = 0; t < n; t++) {
       numbers_.look_up(tiles_[t].begin, tiles_[t].rows, &tiles_[t].looked);
       tiles_[t].done = tiles_[t].looked.fits;
     }
-    read(n);
+    memory_.read(tiles_, n);
     for (int t = 0; t < n; t++)
       if (tiles_[t].done) leave_out(tiles_[t]);
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
+      memory_.fetch(tiles_[t].begin + n * L);
       if (tiles_[t].done) exponentials(tiles_[t]);
+    }
     for (int t = 0; t < n; t++) {
       Tile& tile = tiles_[t];
       if (job_.task == Task::kLoss && tile.done)
@@ -114,7 +78,7 @@ class Tiles {
     if (job_.out.data) {
       for (int t = 0; t < n; t++)
         if (tiles_[t].done) finish(tiles_[t]);
-      write(n);
+      memory_.write(tiles_, n);
     }
     // Not for lanes as they are: row by row, so that no row's bits depend on its neighbours.
     for (int t = 0; t < n; t++) {
@@ -129,20 +93,7 @@ class Tiles {
   void serve_one(int64_t i) {
     tiles_[0].begin = i;
     tiles_[0].rows = 1;
-    tiles_[0].e = e_;
     run(1);
-  }
-
-  void read(int n) const {
-    const View& logits = job_.logits;
-    if (!logits.contiguous_rows() && contiguous_lanes(logits)) return read_columns(n);
-    for (int t = 0; t < n; t++) {
-      if (!logits.contiguous_rows()) {
-        read_each(tiles_[t]);
-      } else {
-        dense_in_ ? read_rows<true>(tiles_[t]) : read_rows<false>(tiles_[t]);
-      }
-    }
   }
 
   void finish(Tile& tile) const {
@@ -152,162 +103,6 @@ class Tiles {
     if (job_.task == Task::kSoftmax) return;
     F value = (F)((Index)narrow(tile.factors.value) & tile.looked.kept);
     swap(tile, value);
-  }
-
-  void write(int n) const {
-    const View& out = job_.out;
-    if (!out.contiguous_rows() && contiguous_lanes(out)) return write_columns(n);
-    for (int t = 0; t < n; t++) {
-      if (!tiles_[t].done) continue;
-      if (!out.contiguous_rows()) {
-        write_each(tiles_[t]);
-      } else {
-        dense_out_ ? write_rows<true>(tiles_[t]) : write_rows<false>(tiles_[t]);
-      }
-    }
-  }
-
-  // Where the tile's rows start. Where they lie one behind the other (dense), a vector that ends
-  // beyond its row may be read and written whole, as long as it ends within the tile.
-  template <bool kDense>
-  struct RowPointers {
-    char *first, *at[kDense ? 1 : L];
-    int64_t step;
-
-    RowPointers(const View& view, const Tile& tile) : first(view.row(tile.begin)) {
-      step = view.classes * int64_t{sizeof(Type)};
-      for (int k = 0; !kDense && k < L; k++) at[k] = view.row(tile.begin + (k < tile.rows ? k : 0));
-    }
-    Type* operator()(int k) const {
-      return reinterpret_cast<Type*>(kDense ? first + k * step : at[k]);
-    }
-  };
-
-  // Of how many rows the vector from class j on, with `count` classes, ends within the tile, or
-  // within what is behind its row.
-  template <bool kDense>
-  int whole(const Tile& tile, int count) const {
-    if (!kDense) return padded_ ? tile.rows : 0;
-    if (tile.rows == L) return whole_;
-    int rows = tile.rows;
-    for (int64_t beyond = L - count; beyond > 0 && rows > 0; beyond -= V_) rows--;
-    return rows;
-  }
-
-  static bool dense(const View& view) {
-    const int64_t row = view.classes * int64_t{sizeof(Type)};
-    return view.contiguous_rows() && view.inner_stride == row &&
-           (view.outer == 1 || view.outer_stride == view.inner * row);
-  }
-
-  template <bool kDense>
-  void read_rows(const Tile& tile) const {
-    const RowPointers<kDense> rows(job_.logits, tile);
-    int64_t j = 0;
-    for (; j + L <= V_; j += L) read_square(tile, rows, j, L, L);
-    if (const int left = static_cast<int>(V_ - j))
-      read_square(tile, rows, j, left, whole<kDense>(tile, left));
-  }
-
-  template <class Pointers>
-  __attribute__((always_inline)) void read_square(const Tile& tile, const Pointers& rows, int64_t j,
-                                                  int count, int whole) const {
-    F x[L];
-#pragma GCC unroll 16
-    for (int k = 0; k < L; k++) {
-      const Type* at = rows(k < tile.rows ? k : 0) + j;
-      x[k] = k < whole ? S::load(at) : load_part<S>(at, count, 0.0f);
-    }
-    transpose(x);
-#pragma GCC unroll 16
-    for (int k = 0; k < L; k++)
-      if (k < count) store(tile.e + (j + k) * L, x[k]);
-  }
-
-  static bool contiguous_lanes(const View& view) {
-    return view.inner_stride == int64_t{sizeof(Type)};
-  }
-
-  void read_each(const Tile& tile) const {
-    const int64_t i = tile.begin;
-    const int n = tile.rows;
-    alignas(kBytes) Type part[L] = {};
-    const char* rows[L];
-    for (int k = 0; k < n; k++) rows[k] = job_.logits.row(i + k);
-    for (int64_t j = 0; j < V_; j++) {
-      for (int k = 0; k < n; k++)
-        part[k] = *reinterpret_cast<const Type*>(rows[k] + j * job_.logits.class_stride);
-      store(tile.e + j * L, S::load(part));
-    }
-  }
-
-  void write_each(const Tile& tile) const {
-    const int64_t i = tile.begin;
-    const int n = tile.rows;
-    alignas(kBytes) Type part[L];
-    char* rows[L];
-    for (int k = 0; k < n; k++) rows[k] = job_.out.row(i + k);
-    for (int64_t j = 0; j < V_; j++) {
-      S::store(part, load(tile.e + j * L));
-      for (int k = 0; k < n; k++)
-        *reinterpret_cast<Type*>(rows[k] + j * job_.out.class_stride) = part[k];
-    }
-  }
-
-  // Class by class over all tiles: planes often lie a multiple of 4 KiB apart, and a cache then
-  // holds a few lines of them at a time, so each is used up at once.
-  void read_columns(int n) const {
-    const char* at[kTiles];
-    for (int t = 0; t < n; t++) at[t] = job_.logits.row(tiles_[t].begin);
-    for (int64_t j = 0; j < V_; j++)
-      for (int t = 0; t < n; t++) {
-        const auto* row = reinterpret_cast<const Type*>(at[t] + j * job_.logits.class_stride);
-        const int rows = tiles_[t].rows;
-        store(tiles_[t].e + j * L, rows == L ? S::load(row) : load_part<S>(row, rows, 0.0f));
-      }
-  }
-
-  // The last classes first: what their vectors write into the next rows is then overwritten.
-  template <bool kDense>
-  void write_rows(const Tile& tile) const {
-    const RowPointers<kDense> rows(job_.out, tile);
-    const int64_t full = V_ / L * L;
-    if (const int left = static_cast<int>(V_ - full))
-      write_square(tile, rows, full, left, whole<kDense>(tile, left));
-    for (int64_t j = 0; j < full; j += L) write_square(tile, rows, j, L, L);
-  }
-
-  template <class Pointers>
-  __attribute__((always_inline)) void write_square(const Tile& tile, const Pointers& rows,
-                                                   int64_t j, int count, int whole) const {
-    F x[L];
-#pragma GCC unroll 16
-    for (int k = 0; k < L; k++) x[k] = k < count ? load(tile.e + (j + k) * L) : F{};
-    transpose(x);
-#pragma GCC unroll 16
-    for (int k = 0; k < L; k++) {
-      if (k >= tile.rows) break;
-      Type* at = rows(k) + j;
-      k < whole ? S::store(at, x[k]) : store_part<S>(at, count, x[k]);
-    }
-  }
-
-  void write_columns(int n) const {
-    char* at[kTiles];
-    for (int t = 0; t < n; t++) at[t] = job_.out.row(tiles_[t].begin);
-    for (int64_t j = 0; j < V_; j++)
-      for (int t = 0; t < n; t++) {
-        if (!tiles_[t].done) continue;
-        auto* row = reinterpret_cast<Type*>(at[t] + j * job_.out.class_stride);
-        const int rows = tiles_[t].rows;
-        const F x = load(tiles_[t].e + j * L);
-        const bool aligned = reinterpret_cast<uintptr_t>(row) % kStored == 0;
-        if (rows < L) {
-          store_part<S>(row, rows, x);
-        } else {
-          streams_&& aligned ? S::stream(row, x) : S::store(row, x);
-        }
-      }
   }
 
   // The maximum, and the entry left out of the mass gives way to -inf: the target, for log-softmax
@@ -325,7 +120,10 @@ class Tiles {
       }
       tile.looked.target = first;
     } else {
-      for (int64_t j = 0; j < V_; j++) m[j & 1] = max(load(tile.e + j * L), m[j & 1]);
+      int64_t j = 0;
+      for (; j + 2 <= V_; j += 2)
+        for (int k = 0; k < 2; k++) m[k] = max(load(tile.e + (j + k) * L), m[k]);
+      if (j < V_) m[0] = max(load(tile.e + j * L), m[0]);
     }
     found.m = max(m[0], m[1]);
     if (job_.off != 0) {
@@ -419,11 +217,14 @@ class Tiles {
     low = select((low - low) == 0, low, F{});
     const F minus = narrow(factors.offset);
     const Index kept = tile.looked.kept;
-    for (int64_t j = 0; j < V_; j++) {
-      const F e = load(tile.e + j * L);
-      const F g = fma(e, high, kSmooth ? fma(e, low, -minus) : e * low);
-      store(tile.e + j * L, (F)((Index)g & kept));
-    }
+    const auto one = [&](float* at) __attribute__((always_inline)) {
+      const F e = load(at), g = fma(e, high, kSmooth ? fma(e, low, -minus) : e * low);
+      store(at, (F)((Index)g & kept));
+    };
+    int64_t j = 0;
+    for (; j + 4 <= V_; j += 4)
+      for (int k = 0; k < 4; k++) one(tile.e + (j + k) * L);
+    for (; j < V_; j++) one(tile.e + j * L);
   }
 
   void log_probabilities(const Tile& tile) const {
@@ -436,11 +237,10 @@ class Tiles {
 
   const RowJob& job_;
   const int64_t V_;
-  const bool contiguous_, padded_, dense_in_, dense_out_, streams_;
+  TileMemory<S> memory_;
   const Numbers numbers_;
-  int whole_, most_ = 1;  // whole_: of the rows of a full tile
-  float* e_ = nullptr;
-  Tile tiles_[kTiles];
+  int most_ = 0;
+  Tile tiles_[TileMemory<S>::kTiles];
 };
 
 template <class S>
@@ -476,6 +276,12 @@ void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t 
   }
   *outside = bad;
   *skipped = none;
+}
+
+double total(const double* losses, int64_t n) {
+  Total total;
+  total.add(losses, n);
+  return total.value();
 }
 
 }  // namespace CROSSENT_ISA

@@ -41,6 +41,31 @@ CROSSENT_INLINE void store_wide(double* p, Wide x) {
 
 typedef Lanes<float>::Bits Index;
 
+// L integers of 64 bits as their halves.
+struct Words {
+  Index low, high;
+};
+CROSSENT_INLINE Words words(const int64_t* p) {
+  const auto* at = reinterpret_cast<const float*>(p);
+  const auto a = (Index)load(at), b = (Index)load(at + Lanes<float>::n);
+#if defined(__AVX512F__)
+#define CROSSENT_EVERY_OTHER(k)                                                                  \
+  k, k + 2, k + 4, k + 6, k + 8, k + 10, k + 12, k + 14, k + 16, k + 18, k + 20, k + 22, k + 24, \
+      k + 26, k + 28, k + 30
+#elif defined(__AVX2__)
+#define CROSSENT_EVERY_OTHER(k) k, k + 2, k + 4, k + 6, k + 8, k + 10, k + 12, k + 14
+#else
+#define CROSSENT_EVERY_OTHER(k) k, k + 2, k + 4, k + 6
+#endif
+  return {__builtin_shufflevector(a, b, CROSSENT_EVERY_OTHER(0)),
+          __builtin_shufflevector(a, b, CROSSENT_EVERY_OTHER(1))};
+#undef CROSSENT_EVERY_OTHER
+}
+CROSSENT_INLINE Words words_of(int64_t x) {
+  const auto bits = static_cast<uint64_t>(x);
+  return {Index{} + static_cast<uint32_t>(bits), Index{} + static_cast<uint32_t>(bits >> 32)};
+}
+
 // What is known of L rows before they are read.
 struct Looked {
   Index target, kept;  // kept: all bits or none
@@ -91,20 +116,22 @@ class Numbers {
     same_.all_kept = true;
   }
 
+  // What is the same for all rows, where they have no scales of their own; for look_up to start
+  // from, once.
+  const Looked& any_rows() const { return same_; }
+
   // Rows [i, i + n), n <= L; what lanes past n hold is harmless.
   __attribute__((always_inline)) void look_up(int64_t i, int n, Looked* rows) const {
-    *rows = same_;
     if (uniform_ && !index_) return;
     if (uniform_ && n == L) {
-      typedef int64_t Targets __attribute__((vector_size(2 * kBytes), aligned(8), may_alias));
-      typedef int32_t Ints __attribute__((vector_size(kBytes)));
-      const Targets t = *reinterpret_cast<const Targets*>(job_.target + i);
-      typedef uint64_t Unsigned __attribute__((vector_size(2 * kBytes)));
-      const auto outside = (Unsigned)t >= static_cast<uint64_t>(job_.logits.classes);
-      const auto keep = ~outside & (t != job_.skip);
-      if (any_set(outside & (t != job_.skip))) report_bad_target(job_);
-      const Index kept = (Index) __builtin_convertvector(keep, Ints);
-      rows->target = (Index) __builtin_convertvector(t, Ints) & kept;
+      // As halves: comparing 64 bits takes two vectors, and without a sign several instructions.
+      const Words t = words(job_.target + i), skip = words_of(job_.skip);
+      const Index skipped = (t.low == skip.low) & (t.high == skip.high);
+      const Index inside =
+          (t.high == Index{}) & (t.low < Index{} + static_cast<uint32_t>(job_.logits.classes));
+      const Index kept = inside & ~skipped;
+      if (any_set(~inside & ~skipped)) report_bad_target(job_);
+      rows->target = t.low & kept;
       rows->kept = kept;
       rows->all_kept = all_set(kept);
       return;
@@ -184,6 +211,7 @@ class Numbers {
     store_wide(scale, same_.scale);
     store_wide(upstream, same_.upstream);
     for (int k = 0; k < L; k++) kept[k] = ~0u;
+    rows->all_kept = true;
     for (int k = 0; k < n; k++) {
       const int64_t row = i + k;
       int64_t t;
@@ -201,6 +229,7 @@ class Numbers {
     }
     __builtin_memcpy(&rows->target, target, sizeof target);
     __builtin_memcpy(&rows->kept, kept, sizeof kept);
+    if (uniform_) return;
     rows->bias = load(bias);
     rows->scale = load_wide(scale);
     rows->upstream = load_wide(upstream);

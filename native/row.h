@@ -43,7 +43,7 @@ class Row {
   bool prepare(bool whole) {
     const bool keep = whole && job_.out.data && !leaves_max_;
     wide_ = static_cast<T*>(scratch(6, kBlockBytes));
-    e_ = static_cast<T*>(scratch(1, keep ? V_ * int64_t{sizeof(T)} : kBlockBytes));
+    e_ = static_cast<T*>(scratch(1, keep ? V_ * int64_t{sizeof(T)} + kBytes : kBlockBytes));
     if (whole) blocks_ = static_cast<Block<T>*>(scratch(0, n_blocks_ * int64_t{sizeof(Block<T>)}));
     keep_ = keep;
     return wide_ && e_ && (blocks_ || !whole);
@@ -86,9 +86,9 @@ class Row {
                           : row.t >= begin && row.t < begin + n && job_.task == Task::kLoss
                               ? row.t - begin
                               : -1;
-      T* e = keep_ ? e_ + begin : stats ? e_ : nullptr;
-      read_block(from, e, n, out, scale, row.bias, block,
-                 reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
+      T* e = keep_ ? e_ + begin : e_;
+      exponentials(from, e, n, scale, row.bias, block, z + begin + kBlock);
+      find_mass(e, n, out, block);
       if (job_.off != 0) block.sum = block_sum(from, n, block.origin);
       if (stats) {
         block.sum = sum_below(from, e, n, block.max, scale);
@@ -131,9 +131,8 @@ class Row {
       }
       T* e = again ? e_ : e_ + begin;
       if (again) {
-        Block<T> block = blocks_[b];
-        read_block(widened(z + begin, n), e, n, -1, job_.logit_scale, row.bias, block,
-                   reinterpret_cast<const char*>(z + begin + kBlock), sizeof(Type));
+        exponentials(widened(z + begin, n), e, n, job_.logit_scale, row.bias, blocks_[b],
+                     z + begin + kBlock);
       }
       Finish<T> f(row.coefficient, row.all, blocks_[b].factor, blocks_[b].lift, row.offset);
       if (row.t >= begin && row.t < begin + n) f.at = row.t - begin, f.value = row.value;

@@ -23,7 +23,9 @@ struct View {
   bool padded = false;  // behind each row a vector's width of memory that may be read and written
 
   char* row(int64_t i) const {
-    if (outer == 1) return data + i * inner_stride;  // a division takes as long as a short row
+    // A division takes as long as a short row.
+    if (outer == 1) return data + i * inner_stride;
+    if (inner == 1) return data + i * outer_stride;
     const int64_t o = i / inner;
     return data + o * outer_stride + (i - o * inner) * inner_stride;
   }
@@ -85,7 +87,9 @@ struct RowJob {
 // One instruction set's kernels. All serve rows [begin, end) and are safe to call from many
 // threads.
 struct Kernels {
-  // Index targets and none, float compute, few classes: one row a lane, in any layout (lanes.cpp).
+  // Index targets and none, float compute, up to lane_classes: one row a lane, in any layout
+  // (lanes.cpp).
+  int64_t lane_classes;
   void (*lanes)(const RowJob&, int64_t begin, int64_t end);
   // The same for more classes, as long as a row is one block (short.cpp).
   void (*short_rows)(const RowJob&, int64_t begin, int64_t end);
@@ -99,6 +103,8 @@ struct Kernels {
   // How many of n index targets are outside the classes (but not `skip`), and how many are `skip`.
   void (*count_targets)(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
                         int64_t* outside, int64_t* skipped);
+  // The sum of n losses: Total of total.h, the same bits from every instruction set.
+  double (*total)(const double* losses, int64_t n);
 
   // What `rows` does, for one row in parts of kPartBytes in the compute type. `at` is memory of
   // part_bytes(job) bytes, the row's own. First start, then every part is read, by any thread, then
@@ -160,9 +166,9 @@ inline bool fast_rows(const RowJob& job) {
 
 // Few enough classes that one row a lane is faster than one row after the other? The layout has no
 // say, so that it never changes a bit.
-inline bool lane_rows(const RowJob& job) {
+inline bool lane_rows(const RowJob& job, int64_t lane_classes) {
   return fast_rows(job) && job.task != Task::kStats && job.logits.dtype != Dtype::kFloat64 &&
-         job.logits.classes <= 48;
+         job.logits.classes <= lane_classes;
 }
 
 // The same for Hessian-vector products, which are double whatever the dtype.

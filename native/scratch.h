@@ -10,7 +10,7 @@ namespace crossent {
 // Small slots stay for the next call; a large one goes with its thread's task (trim_scratch), so
 // that one huge row does not keep its memory for ever.
 struct Scratch {
-  static constexpr int kSlots = 11;
+  static constexpr int kSlots = 12;
   struct Slot {
     void* data = nullptr;
     int64_t bytes = 0;

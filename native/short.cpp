@@ -31,10 +31,9 @@ class ShortRows {
       : job_(job),
         V_(job.logits.classes),
         stride_((V_ + 15) / 16 * 16 + 16),  // rows 4 KiB apart would share a cache set
-        keep_(job.out.data && job.task != Task::kLogSoftmax),
-        search_(V_ <= kSearched),
         streams_(streams<S>(job)),
-        numbers_(job) {}
+        numbers_(job),
+        looked_(numbers_.any_rows()) {}
 
   bool prepare() {
     e_ = static_cast<float*>(scratch(1, L * stride_ * int64_t{sizeof(float)}));
@@ -43,8 +42,8 @@ class ShortRows {
 
   // Rows [i, i + n), n <= L.
   void run(Feed<Type>& feed, int64_t i, int n) {
-    Looked looked;
-    numbers_.look_up(i, n, &looked);
+    numbers_.look_up(i, n, &looked_);
+    const Looked& looked = looked_;
     Factors factors;
     if (looked.fits) {
       read(feed, i, n, looked);
@@ -82,15 +81,12 @@ class ShortRows {
                                                            : -1;
       z_out[k] = out < 0 ? 0 : from[k][out];
       if (job_.off != 0) sum[k] = block_sum(from[k], V_, 0.0f);
-      const char* ahead = feed.ahead(i + k, L);  // whose maximum comes before its exponentials
+      const Type* ahead = feed.ahead(i + k, L);  // whose maximum comes before its exponentials
       if (streams_) fetch_ends<Type>(feed.out(i + k), V_);
       float* e = e_ + k * stride_;
       const int bias = static_cast<int>(looked.bias[k]);
-      if (search_ && scale == 1 && block.origin == 0)
-        read_block<float, Form::kPlain, true, true>(from[k], e, V_, out, scale, bias, block, ahead,
-                                                    sizeof(Type));
-      else
-        read_block(from[k], keep_ ? e : nullptr, V_, out, scale, bias, block, ahead, sizeof(Type));
+      exponentials(from[k], e, V_, scale, bias, block, ahead);
+      find_mass(e, V_, out, block);
       m[k] = block.max;
       origin[k] = block.origin;
       reference[k] = static_cast<float>(block.reference);
@@ -149,12 +145,11 @@ class ShortRows {
     }
   }
 
-  static constexpr int64_t kSearched = 512;  // classes
-
   const RowJob& job_;
   const int64_t V_, stride_;
-  const bool keep_, search_, streams_;
+  const bool streams_;
   const Numbers numbers_;
+  Looked looked_;
   Found found_;
   float* e_ = nullptr;
 };

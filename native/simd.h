@@ -47,9 +47,10 @@ struct Lanes<double> {
 using F = Lanes<float>::V;
 using D = Lanes<double>::V;
 
+// (Subtracting 0 is nothing to the compiler; adding it would turn -0 into 0.)
 template <class T>
 CROSSENT_INLINE typename Lanes<T>::V splat(T x) {
-  return typename Lanes<T>::V{} + x;
+  return x - typename Lanes<T>::V{};
 }
 template <class T>
 CROSSENT_INLINE typename Lanes<T>::V load(const T* p) {
@@ -161,6 +162,20 @@ CROSSENT_INLINE D fma(D a, D b, D c) {
 }
 #endif
 
+// a*b + c for a sum of many: in one rounding where there is an instruction for it, else in two,
+// since an exact fma would take ten times as long.
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__aarch64__)
+template <class V>
+CROSSENT_INLINE V multiply_add(V a, V b, V c) {
+  return fma(a, b, c);
+}
+#else
+template <class V>
+CROSSENT_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
 // x where the mask is set, y elsewhere.
 template <class M, class V>
 CROSSENT_INLINE V select(M mask, V x, V y) {
@@ -170,6 +185,9 @@ CROSSENT_INLINE V select(M mask, V x, V y) {
 // Of masks, whose lanes are all bits or none.
 template <class M>
 CROSSENT_INLINE bool any_set(M mask) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(M) == 32) return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#endif
   uint64_t words[sizeof(M) / 8], either = 0;
   memcpy(words, &mask, sizeof words);
   for (uint64_t word : words) either |= word;
@@ -178,14 +196,6 @@ CROSSENT_INLINE bool any_set(M mask) {
 template <class M>
 CROSSENT_INLINE bool all_set(M mask) {
   return !any_set(~mask);
-}
-
-// The first n lanes but lane `out`; either may be beyond the lanes there are.
-template <class T>
-CROSSENT_INLINE auto lanes_but(int n, int out) {
-  typename Lanes<T>::Ints lane;
-  for (int k = 0; k < Lanes<T>::n; k++) lane[k] = k;
-  return (lane < n) & (lane != out);
 }
 
 // The exponent of |x|, -1023 for 0 and 1024 for infinity and NaN: as ilogb, but a few instructions.

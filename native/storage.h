@@ -195,5 +195,17 @@ inline __attribute__((always_inline)) void store_part<StoredPlain<double>>(doubl
 }
 #endif
 
+// One number, wherever it lies.
+template <class S>
+CROSSENT_INLINE typename S::T load_one(const char* at) {
+  if constexpr (sizeof(typename S::Type) == sizeof(typename S::T)) {
+    typename S::T x;
+    __builtin_memcpy(&x, at, sizeof x);
+    return x;
+  } else {
+    return load_part<S>(reinterpret_cast<const typename S::Type*>(at), 1, 0.0f)[0];
+  }
+}
+
 }  // namespace CROSSENT_ISA
 }  // namespace crossent

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "along.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -18,7 +19,10 @@ constexpr int64_t kMostClasses = 64;
 // Of the features in a block: with the weights and the slot's gradient they stay in the L2 cache.
 constexpr int64_t kBlockBytes = int64_t{1} << 17, kMostRows = 240;
 constexpr int64_t kTileFeatures = 96;
-constexpr int kLogits = 8, kPacked = 9, kLosses = 7, kGradient = 10;  // scratch
+constexpr int64_t kAlongRows = 12;  // the tiles of along.cpp have 2, 3, 4 or 6
+// The same of the sums in lanes that make the logits (along.h).
+constexpr int64_t kPartBytes = int64_t{1} << 14;
+constexpr int kLosses = 7, kLogits = 8, kPacked = 9, kGradient = 10, kPart = 11;  // scratch
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,13 +46,19 @@ class Thin {
         panels_(ceiling(V_, kernels_.panel)),
         width_(panels_ * kernels_.panel),
         sets_(job.along_w.data ? 2 : 1),
+        along_table_(along_kernels()),
+        along_kernels_(job.wide ? along_table_.wide : along_table_.narrow),
+        along_(V_ <= along_table_.most_classes),
+        along_width_(along_kernels_.width(D_)),
         poll_(poll),
         poll_context_(poll_context) {
     job_.rows.no_memory = &no_memory_;
     job_.rows.bad_target = &bad_target_;
     const int64_t fit = kBlockBytes / std::max<int64_t>(1, D_ * size_of(job.x.dtype));
-    const int64_t rows = std::max<int64_t>(1, std::min(kMostRows, fit) / kernels_.strip);
-    block_ = rows * kernels_.strip;
+    const int64_t parts = kPartBytes / (V_ * along_table_.lanes * int64_t{sizeof(float)});
+    const int64_t most = along_ ? std::min(kMostRows, parts) : kMostRows;
+    const int64_t strip = along_ ? kAlongRows : kernels_.strip;
+    block_ = std::max<int64_t>(1, std::min(most, fit) / strip) * strip;
     slots_ = std::min(slots_for(V_, D_, kSize), std::max<int64_t>(1, ceiling(N_, block_)));
   }
 
@@ -85,9 +95,9 @@ class Thin {
   }
 
   bool prepare() {
-    weights_ = allocate(sets_ * width_ * D_ * kSize);
+    weights_ = allocate(sets_ * set_bytes());
     bias_ = allocate(2 * width_ * kSize);
-    if (job_.dw) gradients_ = allocate(slots_ * D_ * width_ * kSize);
+    if (job_.dw) gradients_ = allocate(slots_ * set_bytes());
     if (job_.db) biases_ = allocate(slots_ * width_ * int64_t{sizeof(double)});
     if (job_.dx) across_ = allocate(ceiling(D_, columns_.panel) * columns_.panel * V_ * kSize);
     if (!weights_ || !bias_ || (job_.dw && !gradients_) || (job_.db && !biases_) ||
@@ -106,12 +116,16 @@ class Thin {
     return true;
   }
 
+  // Of W as it is packed or copied, and of a slot's gradient.
+  int64_t set_bytes() const { return (along_ ? V_ * along_width_ : width_ * D_) * kSize; }
+
   void pack(const Matrix& w, int64_t set) {
+    char* const at = weights_.get() + set * set_bytes();
+    if (along_) return along_kernels_.copy(w, at);
     GemmJob packing;
     packing.packed = {w.data, w.dtype, V_, w.row_stride, w.col_stride};
     const int64_t bytes = kernels_.panel * D_ * kSize;
-    for (int64_t j = 0; j < panels_; j++)
-      kernels_.pack(packing, 0, D_, j, weights_.get() + (set * panels_ + j) * bytes);
+    for (int64_t j = 0; j < panels_; j++) kernels_.pack(packing, 0, D_, j, at + j * bytes);
   }
 
   // One slot's rows; returns the sum of their losses.
@@ -120,16 +134,21 @@ class Thin {
     const int64_t row = width_ * kSize;
     auto* z = static_cast<char*>(scratch(kLogits, block_ * sets_ * row));
     auto* g = sets_ > 1 ? static_cast<char*>(scratch(kGradient, block_ * row)) : z;
-    auto* packed = panels_ > 1 && job_.dw ? static_cast<char*>(scratch(kPacked, block_ * row)) : g;
+    auto* packed =
+        panels_ > 1 && job_.dw && !along_ ? static_cast<char*>(scratch(kPacked, block_ * row)) : g;
     auto* losses = static_cast<double*>(scratch(kLosses, block_ * int64_t{sizeof(double)}));
     if (!z || !g || !packed || !losses) return report_out_of_memory(job_.rows), 0;
-    if (job_.dw) std::memset(gradient(s), 0, static_cast<size_t>(D_ * width_ * kSize));
+    if (job_.dw) std::memset(gradient(s), 0, static_cast<size_t>(set_bytes()));
     if (job_.db) std::memset(bias_of(s), 0, static_cast<size_t>(width_ * int64_t{sizeof(double)}));
     Total total;
     for (int64_t i = begin; i < end && !stop_wanted(); i += block_) {
       const int64_t n = std::min(block_, end - i);
-      Ahead next = ahead(i + n, end);
-      logits(i, n, z, next);
+      Next next = next_rows(i + n, end);
+      if (along_) {
+        if (!logits_along(i, n, z, next)) return report_out_of_memory(job_.rows), 0;
+      } else {
+        logits(i, n, z, next);
+      }
       RowJob rows = row_job(job_);
       rows.logits = view_of(i, z, sets_ * row);
       if (rows.task == Task::kHvp)
@@ -138,7 +157,11 @@ class Thin {
       if (sum) rows.loss = losses, rows.first_loss = i;
       serve_(rows, i, i + n);
       if (sum) total.add(losses, n);
-      if (job_.dw) weight_gradient(i, n, g, packed, gradient(s), next);
+      if (job_.dw && along_) {
+        along_kernels_.gradient(block_of(i, n), g, width_, gradient(s), next.lines(next.bytes));
+      } else if (job_.dw) {
+        weight_gradient(i, n, g, packed, gradient(s), next);
+      }
       if (job_.db) bias_gradient(n, g, bias_of(s));
       if (job_.dx) input_gradient(i, n, g);
     }
@@ -160,21 +183,67 @@ class Thin {
   }
 
   // The rows of x that come next in a slot, as far as they are not asked for yet.
-  struct Ahead {
+  struct Next {
     const char* at;
     int64_t bytes;
+    Ahead lines(int64_t n) {
+      const Ahead ahead = {at, n / 64};
+      at += n;
+      bytes -= n;
+      return ahead;
+    }
   };
-  Ahead ahead(int64_t i, int64_t end) const {
+  Next next_rows(int64_t i, int64_t end) const {
     const int64_t row = D_ * size_of(job_.x.dtype);
     const bool dense = job_.x.row_stride == row && job_.x.col_stride == size_of(job_.x.dtype);
     const int64_t n = dense ? std::max<int64_t>(0, std::min(block_, end - i)) : 0;
     return {job_.x.data + (n > 0 ? i * row : 0), n * row};
   }
-  static void fetch(GemmJob& job, Ahead& next, int64_t bytes) {
-    job.ahead = next.at;
+  static void fetch(GemmJob& job, Next& next, int64_t bytes) {
+    job.ahead = next.lines(bytes).at;
     job.ahead_bytes = bytes;
-    next.at += bytes;
-    next.bytes -= bytes;
+  }
+
+  // Rows of x, which must be contiguous and in a dtype that is computed in T: copied, else.
+  AlongJob block_of(int64_t i, int64_t n) const {
+    const bool readable = x_along();
+    AlongJob job;
+    job.x = readable ? job_.x.data + i * job_.x.row_stride : copied_rows();
+    job.dtype = readable ? job_.x.dtype : row_job(job_).logits.dtype;
+    job.row_stride = readable ? job_.x.row_stride : along_width_ * kSize;
+    job.n = n;
+    job.n_features = D_;
+    job.n_classes = V_;
+    job.width = along_width_;
+    return job;
+  }
+  bool x_along() const {
+    const bool same = (job_.x.dtype == Dtype::kFloat64) == job_.wide;
+    return same && (job_.x.col_stride == size_of(job_.x.dtype) || D_ == 1);
+  }
+  char* copied_rows() const {
+    return static_cast<char*>(scratch(kPacked, block_ * along_width_ * kSize));
+  }
+
+  bool logits_along(int64_t i, int64_t n, char* z, Next& next) {
+    const int64_t lanes = along_table_.lanes * int64_t{sizeof(float)};
+    auto* part = static_cast<char*>(scratch(kPart, block_ * V_ * lanes));
+    if (!part) return false;
+    if (!x_along()) {
+      if (!copied_rows()) return false;
+      Matrix rows = job_.x;
+      rows.data += i * rows.row_stride;
+      rows.rows = n;
+      along_kernels_.copy(rows, copied_rows());
+    }
+    const AlongJob job = block_of(i, n);
+    for (int64_t set = 0; set < sets_; set++) {
+      const int64_t bytes = set > 0 ? 0 : job_.dw ? next.bytes / 2 : next.bytes;
+      along_kernels_.logits(job, weights_.get() + set * set_bytes(),
+                            bias_.get() + set * width_ * kSize, z + set * width_ * kSize,
+                            sets_ * width_, part, next.lines(bytes));
+    }
+    return true;
   }
 
   Side rows_of_x(int64_t i, int64_t n) const {
@@ -183,7 +252,7 @@ class Thin {
   }
 
   // A row of z is x Wᵀ + b and, if there is a second set of weights, what follows from that one.
-  void logits(int64_t i, int64_t n, char* z, Ahead& next) {
+  void logits(int64_t i, int64_t n, char* z, Next& next) {
     GemmJob job = product(D_);
     job.streamed = rows_of_x(i, n);
     fetch(job, next, job_.dw ? next.bytes / 2 : next.bytes);
@@ -195,7 +264,7 @@ class Thin {
   }
 
   // The slot's (D, width) += xᵀ g.
-  void weight_gradient(int64_t i, int64_t n, const char* g, char* packed, char* out, Ahead& next) {
+  void weight_gradient(int64_t i, int64_t n, const char* g, char* packed, char* out, Next& next) {
     GemmJob job = product(n);
     const Side rows = rows_of_x(i, n);
     job.streamed = {rows.data, rows.dtype, D_, rows.depth_stride, rows.stride};
@@ -252,7 +321,8 @@ class Thin {
       for (int64_t d = d0; d < end; d++) {
         T sum = 0;
         for (int64_t s = 0; s < slots_; s++)
-          sum += reinterpret_cast<const T*>(gradient(s))[d * width_ + v];
+          sum += reinterpret_cast<const T*>(
+              gradient(s))[along_ ? v * along_width_ + d : d * width_ + v];
         out[d] = job_.accumulate ? out[d] + sum : sum;
       }
     }
@@ -268,7 +338,7 @@ class Thin {
   }
 
   char* along_bias() const { return bias_.get() + width_ * kSize; }
-  char* gradient(int64_t s) const { return gradients_.get() + s * D_ * width_ * kSize; }
+  char* gradient(int64_t s) const { return gradients_.get() + s * set_bytes(); }
   double* bias_of(int64_t s) const { return reinterpret_cast<double*>(biases_.get()) + s * width_; }
 
   ThinJob job_;
@@ -276,6 +346,10 @@ class Thin {
   const RowKernel serve_;
   const int64_t N_, D_, V_, panels_, width_;
   const int64_t sets_;  // of weights: W, and a direction in it
+  const AlongTable& along_table_;
+  const AlongKernels& along_kernels_;
+  const bool along_;           // few enough classes for lanes along the features
+  const int64_t along_width_;  // of their rows of W
   bool (*const poll_)(void*);
   void* const poll_context_;
   int64_t block_ = 1, slots_ = 1;  // rows of a block

@@ -1,9 +1,13 @@
-// Sums of doubles that hardly round.
+// Sums of doubles that hardly round, for the host or one instruction set.
 #pragma once
 
 #include <cstdint>
 
+#if defined(CROSSENT_ISA)
+namespace crossent::CROSSENT_ISA {
+#else
 namespace crossent {
+#endif
 
 // A compensated sum (Knuth's TwoSum) in eight lanes, so that one addition need not wait for the
 // last.

@@ -212,7 +212,8 @@ def test_an_upstream_gradient_saves_a_float16_gradient_from_underflow(isa):
 # Sizes and places ---------------------------------------------------------------------------------
 
 # Tails of 2 … 16 lanes; kernels work in blocks of 16 KiB (4096 floats, 2048 doubles).
-SIZES = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 48, 63, 65, 130, 257]
+SIZES = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 48, 63, 65, 100, 128, 129]
+SIZES += [140, 150, 158, 257]
 BLOCKS = [2047, 2048, 2049, 4095, 4096, 4097, 8193, 20000]
 
 
@@ -251,8 +252,8 @@ def test_every_tail_at_every_alignment(by, dtype, isa):
         assert_within(found, log_p, np.abs(log_p), 4, dtype, f"log_softmax, V = {n_classes}")
 
 
-def test_the_target_in_every_lane(dtype, isa):
-    n_classes = 67
+@pytest.mark.parametrize("n_classes", [10, 67, 150])
+def test_the_target_in_every_lane(n_classes, dtype, isa):
     logits = np.tile(rows_of(n_classes, 3, dtype)[2], (n_classes, 1))
     target = np.arange(n_classes)
     found = crossent.cross_entropy_value_and_grad(logits, target, reduction="none")

@@ -8,7 +8,7 @@ from crossent import _native, reference
 from crossent.options import Options
 from crossent.rows import lower
 
-V = 67  # more classes than one row a lane serves, and a tail
+V = 150  # more classes than one row a lane serves, and a tail
 
 
 def rows_of(n_rows, dtype, n_classes=V):
@@ -46,9 +46,10 @@ def test_row_weights_of_any_size(dtype, isa):
     assert (np.abs(found.grad - exact) <= 4 * unit).all()
 
 
+@pytest.mark.parametrize("n_classes", [67, V])
 @pytest.mark.parametrize(("dtype", "offset"), [(np.float32, 3e7), (np.float64, -1e12)])
-def test_an_offset_of_many_classes(dtype, offset, isa):
-    logits, target = rows_of(3, dtype) * 8 + dtype(offset), [0, 1, 2]
+def test_an_offset_of_many_classes(dtype, offset, n_classes, isa):
+    logits, target = rows_of(3, dtype, n_classes) * 8 + dtype(offset), [0, 1, 2]
     found = crossent.cross_entropy_value_and_grad(logits, target, reduction="sum").grad
     plan = lower("test", logits.shape, 1, logits.dtype, target, Options(reduction="sum"))
     exact = reference.grad(logits.astype(np.longdouble), plan)
@@ -66,19 +67,21 @@ def test_a_masked_block_beside_low_logits(dtype, low, isa):
         np.testing.assert_allclose(found, expected, rtol=8 * np.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_streamed_rows_of_any_alignment(dtype, isa):
-    n_rows, n_classes = 1100, 1031  # past 4 MiB, where the output is written past the caches
+@pytest.mark.parametrize("n_classes", [10, 100, 127, 1031])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_streamed_rows_of_any_alignment(dtype, n_classes, isa):
+    n_rows = 4_400_000 // np.dtype(dtype).itemsize // n_classes | 5  # past 4 MiB: past the caches
     logits, target = rows_of(n_rows, dtype, n_classes), np.arange(n_rows) % n_classes
+    seen = [*range(40), *range(n_rows - 40, n_rows)]
     expected = [
         crossent.cross_entropy_value_and_grad(logits[i : i + 1], target[i : i + 1]).grad[0]
-        for i in (0, 1, 2, 3, n_rows - 1)
+        for i in seen
     ]
     for by in (1, 3):
         room = np.full(logits.size + 32, 7, dtype)
         out = room[by : by + logits.size].reshape(logits.shape)
         crossent.cross_entropy_value_and_grad(logits, target, reduction="sum", out=out)
-        np.testing.assert_array_equal(out[[0, 1, 2, 3, -1]], expected)
+        np.testing.assert_array_equal(out[seen], expected)
         assert (room[:by] == 7).all()
         assert (room[by + logits.size :] == 7).all()
 
@@ -188,7 +191,7 @@ def test_a_target_that_turns_bad_after_it_was_looked_at(n_classes, bad, dtype, i
 
 @pytest.mark.parametrize("n_rows", [1, 5, 8, 16, 37])
 def test_nothing_is_written_behind_the_last_row(n_rows, dtype, isa):
-    for n_classes in (*range(1, 20), 31, 33, 48, V):
+    for n_classes in (*range(1, 20), 31, 33, 48, 100, 127, 128, V):
         logits, target = rows_of(n_rows, dtype, n_classes), np.arange(n_rows) % n_classes
         room = np.full(logits.size + 64, 7, dtype)
         out = room[32:-32].reshape(logits.shape)

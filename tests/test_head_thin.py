@@ -42,10 +42,11 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("classes", [1, 2, 4, 5, 8, 9, 16, 17, 33, 48, 49, 64])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 16, 17, 33, 48, 49, 64])
 def test_every_number_of_classes(classes, isa, monkeypatch):
     # Features in and out of whole strips and panels; rows in more blocks and slots than one.
-    for (n, d), dtype in itertools.product([(1, 1), (7, 5), (5000, 37)], [np.float64, np.float32]):
+    shapes = [(1, 1), (7, 5), (5000, 37), (67, 525)]
+    for (n, d), dtype in itertools.product(shapes, [np.float64, np.float32]):
         x, w, b, target = layer(n, d, classes, dtype)
         found = VALUE_AND_GRAD(x, w, target, linear_bias=b)
         want = by_products(monkeypatch, *(a.astype(float) for a in (x, w)), target, linear_bias=b)
@@ -125,6 +126,28 @@ def test_threads_and_neighbours_change_no_bit():
     some = VALUE_AND_GRAD(x[500:533], w, target[500:533], **options)
     assert np.array_equal(some.loss, found[0].loss[500:533])
     assert np.array_equal(some.grad.input, found[0].grad.input[500:533])
+
+
+@pytest.mark.parametrize("classes", [3, 10, 13])
+def test_no_layout_of_the_features_changes_a_bit(classes, isa):
+    x, w, b, target = layer(400, 300, classes, np.float32)
+    whole = VALUE_AND_GRAD(x, w, target, linear_bias=b)
+    beside = np.repeat(x, 2, axis=1)[:, ::2]
+    for other in (np.asfortranarray(x), beside, beside[::-1][::-1]):
+        found = VALUE_AND_GRAD(other, np.asfortranarray(w), target, linear_bias=b)
+        assert found.loss == whole.loss
+        for one, two in zip(whole.grad, found.grad, strict=True):
+            assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_features_and_weights_of_two_dtypes(dtypes, isa):
+    x, w, b, target = layer(150, 40, 10)
+    x, w = x.astype(dtypes[0]), w.astype(dtypes[1])
+    found = VALUE_AND_GRAD(x, w, target, linear_bias=b)
+    exact = VALUE_AND_GRAD(*(a.astype(float) for a in (x, w)), target, linear_bias=b)
+    for one, two in zip(found.grad, exact.grad, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")

@@ -277,12 +277,14 @@ def test_signals_are_heard_in_the_middle_of_a_pass():
 
 
 def test_the_pass_refuses_what_would_touch_other_memory():
-    x, w, b, target, (_, w2, b2) = layer(6, 4, 3)
-    plan = (target, None, None, None, None, -100, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, None)
-    good = {"w2": w2, "b2": b2, "dw": np.empty((3, 4)), "db": np.empty((1, 3))}
-    _native.thin_hvp(x, w, None, plan, *good.values(), False)
-    want = HVP(x, w, target, LinearGrad(None, w2, b2), linear_bias=np.zeros(3), reduction="sum")
-    assert np.array_equal(good["dw"], want.linear_weight)
+    for n_classes in (20, 3):  # by tiles of products, and with lanes along the features
+        x, w, b, target, (_, w2, b2) = layer(6, 4, n_classes)
+        plan = (target, None, None, None, None, -100, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, None)
+        good = {"w2": w2, "b2": b2, "dw": np.empty((n_classes, 4)), "db": np.empty((1, n_classes))}
+        _native.thin_hvp(x, w, None, plan, *good.values(), False)
+        along, zero = LinearGrad(None, w2, b2), np.zeros(n_classes)
+        want = HVP(x, w, target, along, linear_bias=zero, reduction="sum")
+        assert np.array_equal(good["dw"], want.linear_weight)
     for change in (
         {"w2": w2[1:]},
         {"w2": w2[:, 1:]},
