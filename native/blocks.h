@@ -254,9 +254,9 @@ void block_exponentials(const T* z, T* e, int64_t n, double scale, int bias, con
   }
 }
 
-// Turns a block of n logits into e. Where the last vector goes beyond them it is that of -inf: exp's
-// floor, too little to show (exp.h, c). Meanwhile the same place of the block after it, at `ahead`,
-// is fetched.
+// Turns a block of n logits into e. Where the last vector goes beyond them it is that of -inf:
+// exp's floor, too little to show (exp.h, c). Meanwhile the same place of the block after it, at
+// `ahead`, is fetched.
 template <class T, class Type>
 void exponentials(const T* z, T* e, int64_t n, double scale, int bias, const Block<T>& block,
                   const Type* ahead) {
@@ -267,7 +267,8 @@ void exponentials(const T* z, T* e, int64_t n, double scale, int bias, const Blo
   run(z, e, n, scale, bias, block, ahead);
 }
 
-// Finds the mass of a block's e without entry `excluded` (-1: none), which becomes 0. A pass of its own, since exp leaves no registers for the sums.
+// Finds the mass of a block's e without entry `excluded` (-1: none), which becomes 0. A pass of its
+// own, since exp leaves no registers for the sums.
 template <class T>
 void find_mass(T* e, int64_t n, int64_t excluded, Block<T>& block) {
   constexpr int L = Lanes<T>::n;

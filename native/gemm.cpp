@@ -23,11 +23,20 @@ Side side(const Matrix& m, bool rows) {
   return {m.data, m.dtype, m.cols, m.col_stride, m.row_stride};
 }
 
+// Are both sides bfloat16, or may they become it?
+bool in_pairs(Dtype a, Dtype b, bool may_round) {
+  const auto fits = [&](Dtype dtype) {
+    return dtype == Dtype::kBFloat16 || (may_round && dtype == Dtype::kFloat32);
+  };
+  return fits(a) && fits(b) && (a == Dtype::kBFloat16 || b == Dtype::kBFloat16);
+}
+
 class Multiply {
  public:
-  Multiply(const GemmJob& job, bool (*poll)(void*), void* poll_context)
+  Multiply(const GemmJob& job, bool in_pairs, bool (*poll)(void*), void* poll_context)
       : job_(job),
-        kernels_(gemm_kernels().of(job.wide, job.packed.n)),
+        kernels_(in_pairs ? gemm_kernels().of_pairs(job.packed.n)
+                          : gemm_kernels().of(job.wide, job.packed.n)),
         poll_(poll),
         poll_context_(poll_context) {
     job_.no_memory = &no_memory_;
@@ -37,9 +46,9 @@ class Multiply {
     const OwnScratch scratch;
     const int64_t size = job_.wide ? 8 : 4;
     const int64_t panels = ceiling(job_.packed.n, kernels_.panel), width = panels * kernels_.panel;
-    const int64_t most = kSlabBytes / (width * size) / kSlabDepth * kSlabDepth;
+    const int64_t most = kSlabBytes / (width * size) * kernels_.depths / kSlabDepth * kSlabDepth;
     const int64_t slab = std::min(job_.depth, std::max(kSlabDepth, most));
-    const Memory packed = allocate(width * slab * size);
+    const Memory packed = allocate(width * kernels_.panel_depth(slab) * size);
     if (!packed) return Outcome::kOutOfMemory;
     for (int64_t k = 0; k < job_.depth; k += slab) {
       const int64_t end = std::min(job_.depth, k + slab);
@@ -54,7 +63,7 @@ class Multiply {
 
  private:
   bool pack(int64_t k0, int64_t k1, int64_t panels, int64_t size, char* at) {
-    const int64_t bytes = (k1 - k0) * kernels_.panel * size;
+    const int64_t bytes = kernels_.panel_depth(k1 - k0) * kernels_.panel * size;
     return each(panels, [&](int64_t j) { kernels_.pack(job_, k0, k1, j, at + j * bytes); });
   }
 
@@ -102,7 +111,7 @@ void without_depth(const GemmJob& job) {
 }  // namespace
 
 Outcome multiply(const Matrix& a, const Matrix& b, char* out, int64_t out_stride, bool accumulate,
-                 const void* bias, bool (*poll)(void*), void* poll_context) {
+                 const void* bias, bool may_round, bool (*poll)(void*), void* poll_context) {
   GemmJob job;
   job.across = a.rows < b.cols;
   job.streamed = job.across ? side(b, false) : side(a, true);
@@ -117,7 +126,7 @@ Outcome multiply(const Matrix& a, const Matrix& b, char* out, int64_t out_stride
     without_depth(job);
     return Outcome::kDone;
   }
-  return Multiply(job, poll, poll_context)();
+  return Multiply(job, in_pairs(a.dtype, b.dtype, may_round), poll, poll_context)();
 }
 
 }  // namespace crossent

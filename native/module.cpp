@@ -269,7 +269,7 @@ Matrix matrix_of(const A& array) {
 
 // out = or += a b, and the bias.
 void matmul(const ReadOnly& a, const ReadOnly& b, const Array& out, bool accumulate,
-            const std::optional<ReadOnly>& bias) {
+            const std::optional<ReadOnly>& bias, bool may_round) {
   const Matrix left = matrix_of(a), right = matrix_of(b), to = matrix_of(out);
   require(left.cols == right.rows, "expected as many columns of a as rows of b");
   require(to.rows == left.rows && to.cols == right.cols, "expected out of the product's shape");
@@ -291,7 +291,7 @@ void matmul(const ReadOnly& a, const ReadOnly& b, const Array& out, bool accumul
   {
     nb::gil_scoped_release release;
     outcome = multiply(left, right, static_cast<char*>(out.data()), to.row_stride / size,
-                       accumulate, bias ? bias->data() : nullptr, poll_signals, nullptr);
+                       accumulate, bias ? bias->data() : nullptr, may_round, poll_signals, nullptr);
   }
   raise_unless_done(outcome);
 }
@@ -417,7 +417,7 @@ NB_MODULE(_native, m) {
   m.def("scan_targets", scan, "target"_a.noconvert(), "n_classes"_a, "skip"_a,
         "row_weight"_a.noconvert().none(), "class_weight"_a.noconvert().none());
   m.def("matmul", matmul, "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert(), "accumulate"_a,
-        "bias"_a.noconvert().none());
+        "bias"_a.noconvert().none(), "may_round"_a = false);
   m.def("thin_head", thin_head, "x"_a.noconvert(), "w"_a.noconvert(), "bias"_a.noconvert().none(),
         "plan"_a, "each"_a, "dx"_a.noconvert().none(), "dw"_a.noconvert().none(),
         "db"_a.noconvert().none(), "accumulate"_a);

@@ -6,8 +6,9 @@
 // Design:
 //   a. The rows are cut into kSlots slots, fixed by the shapes; a slot has a gradient of the
 //      weights of its own, and these are added in order at the end: the same bits for any threads.
-//   b. The products are those of gemm.h, tile by tile, or with few classes those of along.h. A
-//      row's logits are padded to whole panels, and so are at once the packed side of gᵀ x.
+//   b. The products are those of gemm.h, tile by tile (without pairs: here bfloat16 is widened on
+//      each instruction set), or with few classes those of along.h. A row's logits are padded to
+//      whole panels, and so are at once the packed side of gᵀ x.
 //   c. For the Hessian the panels of W and of a direction W' lie side by side: a row's logits are
 //      followed by their change x W'ᵀ + b', and x is read once for both.
 #pragma once

@@ -1,4 +1,4 @@
-// A square of floats, transposed in registers.
+// A square of floats, or some of its rows, transposed in registers.
 #pragma once
 
 #include "simd.h"
@@ -20,19 +20,21 @@ CROSSENT_INLINE F zip_low(F a, F b) { return __builtin_shufflevector(a, b, 0, 4,
 CROSSENT_INLINE F zip_high(F a, F b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
-// Zipping the upper half of the rows into the lower one, log2(L) times, is the transpose.
-CROSSENT_INLINE void transpose(F (&rows)[Lanes<float>::n]) {
-  constexpr int L = Lanes<float>::n;
+// Zipping the upper half of the rows into the lower one, log2(n) times, is the transpose. Of fewer
+// rows than there are lanes a vector then holds as many columns as make it full.
+template <int n>
+CROSSENT_INLINE void transpose(F (&rows)[n]) {
+  static_assert(n > 1 && (n & (n - 1)) == 0 && n <= Lanes<float>::n, "half and half again");
 #pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    F zipped[L];
+  for (int step = 1; step < n; step *= 2) {
+    F zipped[n];
 #pragma GCC unroll 16
-    for (int k = 0; k < L / 2; k++) {
-      zipped[2 * k] = zip_low(rows[k], rows[k + L / 2]);
-      zipped[2 * k + 1] = zip_high(rows[k], rows[k + L / 2]);
+    for (int k = 0; k < n / 2; k++) {
+      zipped[2 * k] = zip_low(rows[k], rows[k + n / 2]);
+      zipped[2 * k + 1] = zip_high(rows[k], rows[k + n / 2]);
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < L; k++) rows[k] = zipped[k];
+    for (int k = 0; k < n; k++) rows[k] = zipped[k];
   }
 }
 #else

@@ -13,7 +13,7 @@ assert "build/v4" in _native.__file__, _native.__file__
 assert "x86-64-v4-bf16" in _native.available_isas(), "the emulation itself needs AVX2"
 PYTHON
 tests=
-for name in agreement check determinism faults_extra head head_inputs head_products head_sparse head_thin head_thin_hvp hvp_few_classes laws numpy options rows runtime special_values; do
+for name in agreement check determinism faults_extra head head_bfloat16 head_inputs head_products head_sparse head_thin head_thin_hvp hvp_few_classes laws numpy options rows runtime special_values; do
   tests="$tests tests/test_$name.py"
 done
 "$python" -m pytest -q -p no:cacheprovider $tests "$@"

@@ -4,7 +4,8 @@
     python tools/faults.py rows.py -k sign  those whose file or text holds each word
 
 The faults go into a copy of the tree under build/faults, never into the tree itself. A fault in
-Python costs one run of its test; one in C++ also a rebuild, of the instruction set in use alone.
+Python costs one run of its test; one in C++ also a rebuild, of the instruction set in use alone. A
+fault with an `isa` of its own is for code of that one: emulated where this machine lacks it.
 Exit status 1 when a named test fails without a fault or passes with it, or when a fault's line is
 not found exactly once.
 """
@@ -27,7 +28,7 @@ from crossent import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "faults"
-TREE, CMAKE, VENV = WORK / "tree", WORK / "cmake", WORK / "venv"
+TREE, VENV = WORK / "tree", WORK / "venv"
 COPIED = ("CMakeLists.txt", "pyproject.toml", "native", "src", "tests")
 PACKAGE = TREE / "src" / "crossent"
 TEST_SECONDS = 300
@@ -49,15 +50,18 @@ def main() -> int:
         print(f"{fault['file']}: found {found} times, expected once: {fault['was']!r}")
     faults = [f for f in faults if f not in misplaced]
     make_environment()
-    if any(map(native, faults)):
-        build()
-    else:
-        use(Path(_native.__file__))
-    tests = sorted({fault["test"] for fault in faults})
-    if pytest(*tests, show=True) != 0:
-        print("these tests must pass on the unbroken tree first")
-        return 1
-    survivors = sum(not caught(fault) for fault in sorted(faults, key=native))
+    survivors = 0
+    for group in [f for f in faults if not emulated(f)], [f for f in faults if emulated(f)]:
+        if not group:
+            continue
+        if emulated(group[0]) or any(map(native, group)):
+            build(group[0])
+        else:
+            use(Path(_native.__file__))
+        if pytest(*sorted({fault["test"] for fault in group}), show=True) != 0:
+            print("these tests must pass on the unbroken tree first")
+            return 1
+        survivors += sum(not caught(fault) for fault in sorted(group, key=native))
     print(f"{len(faults)} faults, {survivors} survived, {len(misplaced)} not found")
     return 1 if survivors or misplaced else 0
 
@@ -68,7 +72,7 @@ def caught(fault: dict[str, Any]) -> bool:
     whole = path.read_text()
     path.write_text(whole.replace(fault["was"], fault["is"]))
     try:
-        built = not native(fault) or build_broken()
+        built = not native(fault) or build_broken(fault)
         status = pytest(fault["test"]) if built else None
     finally:
         path.write_text(whole)
@@ -88,6 +92,16 @@ def text_of(fault: dict[str, Any]) -> str:
 def native(fault: dict[str, Any]) -> bool:
     """Tell the faults that need a build."""
     return fault["file"].startswith("native/")
+
+
+def emulated(fault: dict[str, Any]) -> bool:
+    """Tell the faults whose instruction set only an emulating build has here."""
+    return fault.get("isa", _native.isa()) not in _native.available_isas()
+
+
+def cmake_of(fault: dict[str, Any]) -> Path:
+    """Where the fault is built."""
+    return WORK / ("cmake-emulated" if emulated(fault) else "cmake")
 
 
 def copy_tree() -> None:
@@ -122,22 +136,26 @@ def make_environment() -> None:
     site.joinpath("tree.pth").write_text(f"{PACKAGE.parent}\n{sysconfig.get_path('purelib')}\n")
 
 
-def build() -> None:
-    """Build the extension from the copy."""
-    if not (CMAKE / "CMakeCache.txt").exists():
-        where = ["-S", str(TREE), "-B", str(CMAKE), "-DCMAKE_BUILD_TYPE=Release"]
+def build(fault: dict[str, Any]) -> None:
+    """Build the extension from the copy, unbroken."""
+    at = cmake_of(fault)
+    if not (at / "CMakeCache.txt").exists():
+        where = ["-S", str(TREE), "-B", str(at), "-DCMAKE_BUILD_TYPE=Release"]
+        where.append(f"-DCROSSENT_EMULATE_V4={'ON' if emulated(fault) else 'OFF'}")
         run(["cmake", *where, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"])
-    run(["cmake", "--build", str(CMAKE)])
-    use(next(CMAKE.glob("_native*.so")))
+    run(["cmake", "--build", str(at)])
+    use(next(at.glob("_native*.so")))
 
 
-def build_broken() -> bool:
-    """Build the binding, the host and the fastest kernels alone; False if they do not compile."""
-    isa = _native.available_isas()[0].removeprefix("x86-64-").replace("-", "")
+def build_broken(fault: dict[str, Any]) -> bool:
+    """Build the binding, the host and one set of kernels alone; False if they do not compile."""
+    at = cmake_of(fault)
+    isa = fault.get("isa", _native.available_isas()[0])
+    isa = isa.removeprefix("x86-64-").replace("-", "")
     command = [
         "cmake",
         "--build",
-        str(CMAKE),
+        str(at),
         "--target",
         f"crossent_kernels_{isa}",
         "crossent_host",
@@ -146,9 +164,9 @@ def build_broken() -> bool:
     if subprocess.run(command, capture_output=True).returncode:
         return False
     # The link by itself: the other instruction sets keep the objects they have.
-    commands = run(["ninja", "-C", str(CMAKE), "-t", "commands", "_native"]).splitlines()
-    subprocess.run(commands[-1], shell=True, check=True, cwd=CMAKE)
-    use(next(CMAKE.glob("_native*.so")))
+    commands = run(["ninja", "-C", str(at), "-t", "commands", "_native"]).splitlines()
+    subprocess.run(commands[-1], shell=True, check=True, cwd=at)
+    use(next(at.glob("_native*.so")))
     return True
 
 

@@ -31,7 +31,7 @@ PYTHON
 cd "$root"
 # Whatever calls the extension, but for a fit or a report; test_huge wants the memory for itself.
 tests=
-for name in agreement check determinism faults_extra head head_inputs head_products head_sparse head_thin head_thin_hvp hvp_few_classes laws numpy options rows runtime special_values; do
+for name in agreement check determinism faults_extra head head_bfloat16 head_inputs head_products head_sparse head_thin head_thin_hvp hvp_few_classes laws numpy options rows runtime special_values; do
   tests="$tests tests/test_$name.py"
 done
 "$at/venv/bin/python" -m pytest -q -p no:cacheprovider $tests "$@"

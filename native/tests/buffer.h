@@ -35,7 +35,7 @@ struct Buffer {
       view.class_stride = step * size, view.inner_stride = size;
       view.outer_stride = classes * step * size;
     }
-    if (layout == Layout::kReversed) {
+    if (layout == Layout::kReversed && !bytes.empty()) {
       view.data += (rows - 1) * view.outer_stride;
       view.outer_stride = -view.outer_stride;
     }

@@ -153,6 +153,10 @@ CROSSENT_EMULATED __m256i cvtneps_pbh(__m512 x) {
   std::memcpy(&y, out, sizeof y);
   return y;
 }
+// VCVTNE2PS2BF16: the second operand to the lower half.
+CROSSENT_EMULATED __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
+  return whole<__m512i>(cvtneps_pbh(low), cvtneps_pbh(high));
+}
 // Of the classes that VFPCLASSPS knows: subnormal numbers.
 template <int kClass>
 CROSSENT_EMULATED __mmask16 fpclass_ps_mask(__m512 x) {
@@ -163,6 +167,33 @@ CROSSENT_EMULATED __mmask16 fpclass_ps_mask(__m512 x) {
   for (int k = 0; k < 16; k++)
     mask |= static_cast<unsigned>((in[k] & 0x7f800000) == 0 && (in[k] & 0x7fffff) != 0) << k;
   return static_cast<__mmask16>(mask);
+}
+
+// VDPBF16PS as its manual words it: in each lane the products of the upper and then of the lower
+// halves are added, exact until the addition rounds to nearest even, whatever MXCSR says; subnormal
+// numbers are taken for 0 and given as 0.
+CROSSENT_EMULATED __m256 without_subnormals(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), none = _mm256_setzero_si256();
+  const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f800000));
+  const __m256i sign = _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x80000000)));
+  return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, sign, _mm256_cmpeq_epi32(exponent, none)));
+}
+CROSSENT_EMULATED __m256 add_halves(__m256 sum, __m256i a, __m256i b) {  // the upper ones
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return without_subnormals(
+      _mm256_fmadd_ps(without_subnormals(_mm256_castsi256_ps(_mm256_and_si256(a, upper))),
+                      without_subnormals(_mm256_castsi256_ps(_mm256_and_si256(b, upper))),
+                      without_subnormals(sum)));
+}
+template <class Pairs>
+CROSSENT_EMULATED __m512 dpbf16_ps(__m512 sum, Pairs a, Pairs b) {
+  auto s = halves<__m256>(sum);
+  const auto x = halves<__m256i>(a), y = halves<__m256i>(b);
+  s.low = add_halves(s.low, x.low, y.low);
+  s.high = add_halves(s.high, x.high, y.high);
+  s.low = add_halves(s.low, _mm256_slli_epi32(x.low, 16), _mm256_slli_epi32(y.low, 16));
+  s.high = add_halves(s.high, _mm256_slli_epi32(x.high, 16), _mm256_slli_epi32(y.high, 16));
+  return whole<__m512>(s.low, s.high);
 }
 
 #undef CROSSENT_EMULATED
@@ -187,6 +218,8 @@ CROSSENT_EMULATED __mmask16 fpclass_ps_mask(__m512 x) {
 #define _mm512_mask_storeu_ps emulated::mask_store<__m512, __mmask16, float>
 #define _mm512_mask_storeu_pd emulated::mask_store<__m512d, __mmask8, double>
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#define _mm512_dpbf16_ps emulated::dpbf16_ps
 // Macros in the compiler's own header where it does not optimise.
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph<(rounding)>(x)

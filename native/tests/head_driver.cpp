@@ -79,7 +79,7 @@ struct Product : Work {
   const int64_t m, k, n;
   const Dtype dtype;
   Buffer a, b, out, bias;
-  const bool accumulate, with_bias;
+  const bool accumulate, with_bias, may_round;
   std::vector<char> before;
   std::vector<Real> given;
 
@@ -94,7 +94,8 @@ struct Product : Work {
         out(dtype, m, n, Layout::kPlain),
         bias(dtype, 1, n, Layout::kPlain),
         accumulate(coin()),
-        with_bias(coin()) {
+        with_bias(coin()),
+        may_round(coin()) {
     for (Buffer* buffer : {&a, &b, &out, &bias}) buffer->fill(random, 1);
     before = out.bytes;
     given = numbers(out, m);
@@ -105,9 +106,22 @@ struct Product : Work {
     out.bytes = before;
     out.view.data = out.bytes.data();
     if (multiply(matrix(a, m), matrix(b, k), out.view.data, n, accumulate,
-                 with_bias ? bias.view.data : nullptr, nullptr, nullptr) != Outcome::kDone)
+                 with_bias ? bias.view.data : nullptr, may_round, nullptr,
+                 nullptr) != Outcome::kDone)
       return "not done";
     return {out.bytes.begin(), out.bytes.end()};
+  }
+
+  // A number as it is multiplied: where float32 may become bfloat16, and there it does, the nearest
+  // one, ties to even.
+  Real factor(const Buffer& side, const Buffer& other, int64_t i, int64_t j) const {
+    const double x = side.get(i, j);
+    if (!may_round || side.view.dtype != Dtype::kFloat32 || other.view.dtype != Dtype::kBFloat16 ||
+        current_isa() != "x86-64-v4-bf16")
+      return x;
+    int exponent;
+    const double digits = std::ldexp(std::frexp(x, &exponent), 8);
+    return std::ldexp(std::nearbyint(digits), exponent - 8);
   }
 
   void check(Verdict& verdict) override {
@@ -120,7 +134,7 @@ struct Product : Work {
         Real sum = accumulate ? given[static_cast<size_t>(i * n + j)] : 0, size = std::fabs(sum);
         if (with_bias) sum += bias.get(0, j), size += std::fabs(Real{bias.get(0, j)});
         for (int64_t d = 0; d < k; d++) {
-          const Real term = Real{a.get(i, d)} * b.get(d, j);
+          const Real term = factor(a, b, i, d) * factor(b, a, d, j);
           sum += term;
           size += std::fabs(term);
         }
@@ -333,9 +347,11 @@ struct Pass : Work {
   }
 };
 
-// (m, k, n): nothing to sum, parts of tiles, tiles and more, either side the longer one.
-constexpr int64_t kProducts[][3] = {{8, 0, 8},      {1, 1, 1},      {5, 3, 7},    {97, 300, 33},
-                                    {13, 530, 200}, {300, 129, 12}, {96, 128, 48}};
+// (m, k, n): nothing to sum, parts of tiles, tiles and more, either side the longer one, odd
+// depths.
+constexpr int64_t kProducts[][3] = {{8, 0, 8},     {1, 1, 1},      {5, 3, 7},
+                                    {97, 300, 33}, {13, 530, 200}, {300, 129, 12},
+                                    {96, 128, 48}, {64, 257, 96},  {48, 127, 16}};
 // The packed side goes in slabs.
 constexpr int64_t kLong[3] = {530, 800, 530};
 // (N, D): rows in one block and in several, of one slot and of all.
@@ -371,7 +387,7 @@ bool asked_after_each_slab() {
   const auto stop = [](void*) { return false; };
   const auto product = [&](bool (*poll)(void*)) {
     return multiply(matrix(a, n), matrix(b, depth), reinterpret_cast<char*>(out.data()), n, false,
-                    nullptr, poll, &calls);
+                    nullptr, false, poll, &calls);
   };
   return product(go_on) == Outcome::kDone && calls >= 3 && product(stop) == Outcome::kCancelled;
 }

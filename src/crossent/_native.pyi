@@ -31,6 +31,7 @@ def matmul(
     out: NDArray[Any],
     accumulate: bool,
     bias: NDArray[Any] | None,
+    may_round: bool = False,
 ) -> None: ...
 def thin_head(
     x: NDArray[Any],

@@ -13,8 +13,10 @@ Design:
      reads and writes all of ∂λ/∂W.
   c. Rows that are dropped are left out before anything is multiplied, and products that nobody
      asked for are not made.
-  d. 16-bit features and weights are multiplied as float32; their gradients are summed in float32
-     and rounded once.
+  d. 16-bit features and weights are multiplied as the numbers they are; their gradients are summed
+     in float32 and rounded once. The gradient of the logits is float32; a product that makes a
+     gradient in bfloat16 from it and a bfloat16 operand may round it to that (gemm.h), as
+     frameworks do that hold such logits. The Hessian's products may not: their parts can cancel.
   e. With few classes the products are too thin to be worth their reading: one native pass over the
      features (native/thin.h) makes loss and gradients, block by block in the cache, and so the
      Hessian times a direction in W and b. Directions in x take the products.
@@ -158,7 +160,7 @@ class Head:
         """
         if not any(wrt):
             return self.loss(), LinearGrad(None, None, None)
-        losses, sums = _Losses(self.plan), _Sums(self, wrt)
+        losses, sums = _Losses(self.plan), _Sums(self, wrt, may_round=True)
         if self._thin:
             for chunk in self._chunks(0):
                 given = _part(upstream, chunk)
@@ -337,19 +339,24 @@ class Head:
             self._product(features, weight.T, out, bias=bias)
 
     def add_to_input(
-        self, g: NDArray[Any], weight: NDArray[Any], out: NDArray[Any], accumulate: bool
+        self,
+        g: NDArray[Any],
+        weight: NDArray[Any],
+        out: NDArray[Any],
+        accumulate: bool,
+        may_round: bool,
     ) -> None:
         """Write or add g W."""
-        self._product(g, weight, out, accumulate=accumulate)
+        self._product(g, weight, out, accumulate=accumulate, may_round=may_round)
 
     def add_to_weight(
-        self, g: NDArray[Any], features: Any, out: NDArray[Any], accumulate: bool
+        self, g: NDArray[Any], features: Any, out: NDArray[Any], accumulate: bool, may_round: bool
     ) -> None:
         """Write or add gᵀ x."""
         if self._sparse:
             sparse_add_to_weight(g, features, out, accumulate, self._tile_bytes)
         else:
-            self._product(g.T, features, out, accumulate=accumulate)
+            self._product(g.T, features, out, accumulate=accumulate, may_round=may_round)
 
     def add_to_bias(self, g: NDArray[Any], out: NDArray[Any], accumulate: bool) -> None:
         """Write or add the sum of the rows of g to out ``(1, V)``."""
@@ -380,10 +387,15 @@ class _Losses:
 
 
 class _Sums:
-    """The gradients in x, W and b that are wanted, chunk by chunk."""
+    """The gradients in x, W and b that are wanted, chunk by chunk.
 
-    def __init__(self, head: Head, wrt: tuple[bool, bool, bool]) -> None:
-        self._head, self._compute = head, head.compute_dtype
+    `may_round`: what is multiplied may be rounded to bfloat16 for a gradient in bfloat16.
+    """
+
+    def __init__(
+        self, head: Head, wrt: tuple[bool, bool, bool], *, may_round: bool = False
+    ) -> None:
+        self._head, self._compute, self._may_round = head, head.compute_dtype, may_round
         self._input_dtype, self._weight_dtype, self._bias_dtype = head.dtypes
         n_classes, n_features = head.shape
         make = np.empty if head.all_kept else np.zeros
@@ -409,9 +421,11 @@ class _Sums:
             if not more:
                 self._rows = self._place(self._input, chunk)
             assert self._rows is not None
-            self._head.add_to_input(g, weight, self._rows, more)
+            may_round = self._may_round and self._input_dtype == np.uint16
+            self._head.add_to_input(g, weight, self._rows, more, may_round)
         if self._weight is not None:
-            self._head.add_to_weight(g, features, self._weight, later)
+            may_round = self._may_round and self._weight_dtype == np.uint16
+            self._head.add_to_weight(g, features, self._weight, later, may_round)
         if self._bias is not None and not more:
             self._head.add_to_bias(g, self._bias, later)
         self._first = False

@@ -28,11 +28,14 @@ class Product(Protocol):
         *,
         accumulate: bool = False,
         bias: NDArray[Any] | None = None,
+        may_round: bool = False,
     ) -> None:
         """Write the product of a (M, K) and b (K, N), any strides, to out (M, N).
 
         a and b are float64, float32, float16 or bfloat16, out is float64 where one of them is and
-        float32 otherwise, with contiguous rows; `bias` (N,), of out's dtype, is added.
+        float32 otherwise, with contiguous rows; `bias` (N,), of out's dtype, is added. The numbers
+        are multiplied as they are, except that a float32 operand beside a bfloat16 one may be
+        rounded to bfloat16 first, by at most 2⁻⁸ of each number, if `may_round`.
         """
 
 
@@ -43,9 +46,13 @@ def native(
     *,
     accumulate: bool = False,
     bias: NDArray[Any] | None = None,
+    may_round: bool = False,
 ) -> None:
-    """Multiply by the C++ kernels: the same bits for any number of threads."""
-    _native.matmul(a, b, out, accumulate, bias)
+    """Multiply by the C++ kernels: the same bits for any number of threads.
+
+    With AVX512_BF16 bfloat16 operands are multiplied by its instruction, and `may_round` is used.
+    """
+    _native.matmul(a, b, out, accumulate, bias, may_round)
 
 
 def host(
@@ -55,6 +62,7 @@ def host(
     *,
     accumulate: bool = False,
     bias: NDArray[Any] | None = None,
+    may_round: bool = False,  # never needed
 ) -> None:
     """Multiply by `numpy.matmul`, tile by tile where something has to be copied."""
     dtype = out.dtype
