@@ -23,7 +23,9 @@ constexpr int64_t kFeatures = 256;
 // Keeps GCC from reading x again from memory for each use.
 template <class V>
 CROSSENT_INLINE void in_register(V& x) {
-#if defined(__x86_64__)
+#if defined(__AVX512VL__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__) && !defined(__AVX512F__)  // (emulated, it is no register)
   asm("" : "+x"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
