@@ -171,7 +171,7 @@ class Along {
       }
   }
 
-  // A row's z from its lanes. Whole vectors are written: z's rows are padded.
+  // A row's z from its lanes. Whole vectors are read and written: z's rows and bias are padded.
   void add_lanes(const T* part, const T* bias, T* z) const {
     for (int64_t v = 0; v < job_.n_classes; v += L) {
       const int64_t n = job_.n_classes - v < L ? job_.n_classes - v : L;
@@ -183,14 +183,14 @@ class Along {
         for (int w = L / 2; w > 0; w /= 2)
 #pragma GCC unroll 16
           for (int k = 0; k < w; k++) square[k] += square[k + w];
-        store(z + v, bias ? square[0] + load(bias + v) : square[0]);
+        store(z + v, square[0] + load(bias + v));
       } else {
         for (int64_t k = 0; k < n; k++) {
           T lanes[L];
           store(lanes, load(part + (v + k) * L));
           for (int w = L / 2; w > 0; w /= 2)
             for (int q = 0; q < w; q++) lanes[q] += lanes[q + w];
-          z[v + k] = bias ? lanes[0] + bias[v + k] : lanes[0];
+          z[v + k] = lanes[0] + bias[v + k];
         }
       }
     }
@@ -230,18 +230,6 @@ class Along {
   const AlongJob& job_;
 };
 
-// Calls task(S) with the storage of numbers whose compute type is T.
-template <class T, class Task>
-void with_storage(Dtype dtype, const Task& task) {
-  if constexpr (std::is_same_v<T, double>) {
-    return task(Stored<Dtype::kFloat64>());
-  } else {
-    if (dtype == Dtype::kFloat16) return task(Stored<Dtype::kFloat16>());
-    if (dtype == Dtype::kBFloat16) return task(Stored<Dtype::kBFloat16>());
-    return task(Stored<Dtype::kFloat32>());
-  }
-}
-
 template <class T>
 int64_t width(int64_t n_features) {
   // Not a multiple of 4 KiB, where a class's rows would share cache sets.
@@ -263,23 +251,31 @@ void copy(const Matrix& w, void* at) {
         static_cast<T*>(at)[v * row + d] = number;
       }
   };
-  if (w.dtype == Dtype::kFloat64) return all(Stored<Dtype::kFloat64>());
-  with_storage<float>(w.dtype, all);
+  with_storage(w.dtype, all);
+}
+
+// Calls task(along) for x, whose numbers are computed in T.
+template <class T, class Task>
+void with_along(const AlongJob& job, const Task& task) {
+  with_storage(job.dtype, [&](auto s) {
+    using S = decltype(s);
+    if constexpr (std::is_same_v<typename S::T, T>) task(Along<S>(job));
+  });
 }
 
 template <class T>
 void logits(const AlongJob& job, const void* w, const void* bias, void* z, int64_t stride,
             void* part, Ahead ahead) {
-  with_storage<T>(job.dtype, [&](auto s) {
-    Along<decltype(s)>(job).logits(static_cast<const T*>(w), static_cast<const T*>(bias),
-                                   static_cast<T*>(z), stride, static_cast<T*>(part), ahead);
+  with_along<T>(job, [&](const auto& along) {
+    along.logits(static_cast<const T*>(w), static_cast<const T*>(bias), static_cast<T*>(z), stride,
+                 static_cast<T*>(part), ahead);
   });
 }
 
 template <class T>
 void gradient(const AlongJob& job, const void* g, int64_t stride, void* out, Ahead ahead) {
-  with_storage<T>(job.dtype, [&](auto s) {
-    Along<decltype(s)>(job).gradient(static_cast<const T*>(g), stride, static_cast<T*>(out), ahead);
+  with_along<T>(job, [&](const auto& along) {
+    along.gradient(static_cast<const T*>(g), stride, static_cast<T*>(out), ahead);
   });
 }
 

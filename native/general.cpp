@@ -334,8 +334,8 @@ void serve_lanes(const RowJob& job, int64_t begin, int64_t end);  // lanes.cpp
 void serve_short(const RowJob& job, int64_t begin, int64_t end);  // short.cpp
 void serve_hvp(const RowJob& job, int64_t begin, int64_t end);    // hvp.cpp
 void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
-                   int64_t* outside, int64_t* skipped);  // lanes.cpp
-double total(const double* losses, int64_t n);           // lanes.cpp
+                   int64_t* outside, int64_t* skipped);  // counts.cpp
+double total(const double* losses, int64_t n);           // counts.cpp
 // rows.cpp
 void serve_rows(const RowJob& job, int64_t begin, int64_t end);
 int64_t part_bytes(const RowJob& job);

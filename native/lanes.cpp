@@ -18,7 +18,6 @@
 #include "rows.h"
 #include "storage.h"
 #include "tiles.h"
-#include "total.h"
 
 namespace crossent {
 namespace CROSSENT_ISA {
@@ -264,24 +263,6 @@ void serve_lanes(const RowJob& job, int64_t begin, int64_t end) {
     case Dtype::kFloat64:
       return serve_rows(job, begin, end);
   }
-}
-
-void count_targets(const int64_t* target, int64_t n, int64_t n_classes, int64_t skip,
-                   int64_t* outside, int64_t* skipped) {
-  const auto limit = static_cast<uint64_t>(n_classes);
-  int64_t bad = 0, none = 0;
-  for (int64_t i = 0; i < n; i++) {
-    none += target[i] == skip;
-    bad += (static_cast<uint64_t>(target[i]) >= limit) & (target[i] != skip);
-  }
-  *outside = bad;
-  *skipped = none;
-}
-
-double total(const double* losses, int64_t n) {
-  Total total;
-  total.add(losses, n);
-  return total.value();
 }
 
 }  // namespace CROSSENT_ISA

@@ -31,21 +31,6 @@ void serve_general(const RowJob& job, int64_t begin, int64_t end);  // general.c
 
 namespace {
 
-// Calls task(S) with the storage of the job's logits.
-template <class Task>
-auto with_storage(const RowJob& job, const Task& task) {
-  switch (job.logits.dtype) {
-    case Dtype::kFloat16:
-      return task(Stored<Dtype::kFloat16>());
-    case Dtype::kBFloat16:
-      return task(Stored<Dtype::kBFloat16>());
-    case Dtype::kFloat32:
-      return task(Stored<Dtype::kFloat32>());
-    default:
-      return task(Stored<Dtype::kFloat64>());
-  }
-}
-
 template <class S>
 void serve(const RowJob& job, int64_t begin, int64_t end) {
   using Type = typename S::Type;
@@ -112,25 +97,25 @@ struct Part {
 }  // namespace
 
 void serve_rows(const RowJob& job, int64_t begin, int64_t end) {
-  with_storage(job, [&](auto s) { serve<decltype(s)>(job, begin, end); });
+  with_storage(job.logits.dtype, [&](auto s) { serve<decltype(s)>(job, begin, end); });
 }
 
 int64_t part_bytes(const RowJob& job) {
-  return with_storage(job, [&](auto s) {
+  return with_storage(job.logits.dtype, [&](auto s) {
     using P = Part<decltype(s)>;
     return P::kHead + Row<decltype(s)>(job).n_blocks() * int64_t{sizeof(typename P::Block_)};
   });
 }
 
 bool part_start(const RowJob& job, int64_t i, void* at) {
-  return with_storage(job, [&](auto s) {
+  return with_storage(job.logits.dtype, [&](auto s) {
     Part<decltype(s)> part(job, i, at);
     return part.memory && part.row.start(i, part.z, part.state);
   });
 }
 
 void part_read(const RowJob& job, int64_t i, int64_t k, void* at) {
-  with_storage(job, [&](auto s) {
+  with_storage(job.logits.dtype, [&](auto s) {
     Part<decltype(s)> part(job, i, at);
     const int64_t first = k * part.kPartBlocks;
     if (part.memory) part.row.read(*part.state, part.z, first, part.last(first));
@@ -138,14 +123,14 @@ void part_read(const RowJob& job, int64_t i, int64_t k, void* at) {
 }
 
 bool part_numbers(const RowJob& job, int64_t i, void* at) {
-  return with_storage(job, [&](auto s) {
+  return with_storage(job.logits.dtype, [&](auto s) {
     Part<decltype(s)> part(job, i, at);
     return part.memory && part.row.finish_numbers(part.state, part.z);
   });
 }
 
 void part_write(const RowJob& job, int64_t i, int64_t k, void* at) {
-  with_storage(job, [&](auto s) {
+  with_storage(job.logits.dtype, [&](auto s) {
     Part<decltype(s)> part(job, i, at);
     const int64_t first = k * part.kPartBlocks;
     if (part.memory) part.row.write(*part.state, part.z, part.out, first, part.last(first), true);

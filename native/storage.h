@@ -116,6 +116,21 @@ struct StoredAs<Dtype::kFloat64> {
 template <Dtype dtype>
 using Stored = typename StoredAs<dtype>::type;
 
+// Calls task(S) with the storage of a dtype.
+template <class Task>
+auto with_storage(Dtype dtype, const Task& task) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return task(Stored<Dtype::kFloat16>());
+    case Dtype::kBFloat16:
+      return task(Stored<Dtype::kBFloat16>());
+    case Dtype::kFloat32:
+      return task(Stored<Dtype::kFloat32>());
+    default:
+      return task(Stored<Dtype::kFloat64>());
+  }
+}
+
 // An output that no cache will hold is better written past it.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 

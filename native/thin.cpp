@@ -19,9 +19,8 @@ constexpr int64_t kMostClasses = 64;
 // Of the features in a block: with the weights and the slot's gradient they stay in the L2 cache.
 constexpr int64_t kBlockBytes = int64_t{1} << 17, kMostRows = 240;
 constexpr int64_t kTileFeatures = 96;
-constexpr int64_t kAlongRows = 12;  // the tiles of along.cpp have 2, 3, 4 or 6
-// The same of the sums in lanes that make the logits (along.h).
-constexpr int64_t kPartBytes = int64_t{1} << 14;
+// Of a block's sums in lanes (along.h), which stay in the L1 cache; whole tiles of most heights.
+constexpr int64_t kPartBytes = int64_t{1} << 14, kAlongRows = 12;
 constexpr int kLosses = 7, kLogits = 8, kPacked = 9, kGradient = 10, kPart = 11;  // scratch
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,7 +54,7 @@ class Thin {
     job_.rows.no_memory = &no_memory_;
     job_.rows.bad_target = &bad_target_;
     const int64_t fit = kBlockBytes / std::max<int64_t>(1, D_ * size_of(job.x.dtype));
-    const int64_t parts = kPartBytes / (V_ * along_table_.lanes * int64_t{sizeof(float)});
+    const int64_t parts = kPartBytes / (V_ * lane_bytes());
     const int64_t most = along_ ? std::min(kMostRows, parts) : kMostRows;
     const int64_t strip = along_ ? kAlongRows : kernels_.strip;
     block_ = std::max<int64_t>(1, std::min(most, fit) / strip) * strip;
@@ -116,6 +115,8 @@ class Thin {
     return true;
   }
 
+  int64_t lane_bytes() const { return along_table_.lanes * int64_t{sizeof(float)}; }
+
   // Of W as it is packed or copied, and of a slot's gradient.
   int64_t set_bytes() const { return (along_ ? V_ * along_width_ : width_ * D_) * kSize; }
 
@@ -134,18 +135,23 @@ class Thin {
     const int64_t row = width_ * kSize;
     auto* z = static_cast<char*>(scratch(kLogits, block_ * sets_ * row));
     auto* g = sets_ > 1 ? static_cast<char*>(scratch(kGradient, block_ * row)) : z;
-    auto* packed =
-        panels_ > 1 && job_.dw && !along_ ? static_cast<char*>(scratch(kPacked, block_ * row)) : g;
     auto* losses = static_cast<double*>(scratch(kLosses, block_ * int64_t{sizeof(double)}));
-    if (!z || !g || !packed || !losses) return report_out_of_memory(job_.rows), 0;
+    // Where g is packed; or x copied, and the logits' sums in lanes.
+    char *packed = g, *part = z;
+    if (along_ ? !readable() : panels_ > 1 && job_.dw)
+      packed = static_cast<char*>(scratch(kPacked, block_ * (along_ ? along_width_ * kSize : row)));
+    if (along_) part = static_cast<char*>(scratch(kPart, block_ * V_ * lane_bytes()));
+    if (!z || !g || !packed || !part || !losses) return report_out_of_memory(job_.rows), 0;
     if (job_.dw) std::memset(gradient(s), 0, static_cast<size_t>(set_bytes()));
     if (job_.db) std::memset(bias_of(s), 0, static_cast<size_t>(width_ * int64_t{sizeof(double)}));
     Total total;
     for (int64_t i = begin; i < end && !stop_wanted(); i += block_) {
       const int64_t n = std::min(block_, end - i);
       Next next = next_rows(i + n, end);
+      AlongJob block;
       if (along_) {
-        if (!logits_along(i, n, z, next)) return report_out_of_memory(job_.rows), 0;
+        block = block_of(i, n, packed);
+        logits(block, z, part, next);
       } else {
         logits(i, n, z, next);
       }
@@ -158,7 +164,7 @@ class Thin {
       serve_(rows, i, i + n);
       if (sum) total.add(losses, n);
       if (job_.dw && along_) {
-        along_kernels_.gradient(block_of(i, n), g, width_, gradient(s), next.lines(next.bytes));
+        along_kernels_.gradient(block, g, width_, gradient(s), next.lines(next.bytes));
       } else if (job_.dw) {
         weight_gradient(i, n, g, packed, gradient(s), next);
       }
@@ -204,46 +210,43 @@ class Thin {
     job.ahead_bytes = bytes;
   }
 
-  // Rows of x, which must be contiguous and in a dtype that is computed in T: copied, else.
-  AlongJob block_of(int64_t i, int64_t n) const {
-    const bool readable = x_along();
+  // Is x as along.h reads it: rows of contiguous numbers that are computed in T?
+  bool readable() const {
+    const bool same = (job_.x.dtype == Dtype::kFloat64) == job_.wide;
+    return same && (job_.x.col_stride == size_of(job_.x.dtype) || D_ == 1);
+  }
+
+  // Rows of x where they lie, or copied to `copy`.
+  AlongJob block_of(int64_t i, int64_t n, char* copy) const {
     AlongJob job;
-    job.x = readable ? job_.x.data + i * job_.x.row_stride : copied_rows();
-    job.dtype = readable ? job_.x.dtype : row_job(job_).logits.dtype;
-    job.row_stride = readable ? job_.x.row_stride : along_width_ * kSize;
     job.n = n;
     job.n_features = D_;
     job.n_classes = V_;
     job.width = along_width_;
+    Matrix rows = job_.x;
+    rows.data += i * rows.row_stride;
+    rows.rows = n;
+    if (readable()) {
+      job.x = rows.data;
+      job.dtype = rows.dtype;
+      job.row_stride = rows.row_stride;
+    } else {
+      along_kernels_.copy(rows, copy);
+      job.x = copy;
+      job.dtype = row_job(job_).logits.dtype;
+      job.row_stride = along_width_ * kSize;
+    }
     return job;
   }
-  bool x_along() const {
-    const bool same = (job_.x.dtype == Dtype::kFloat64) == job_.wide;
-    return same && (job_.x.col_stride == size_of(job_.x.dtype) || D_ == 1);
-  }
-  char* copied_rows() const {
-    return static_cast<char*>(scratch(kPacked, block_ * along_width_ * kSize));
-  }
 
-  bool logits_along(int64_t i, int64_t n, char* z, Next& next) {
-    const int64_t lanes = along_table_.lanes * int64_t{sizeof(float)};
-    auto* part = static_cast<char*>(scratch(kPart, block_ * V_ * lanes));
-    if (!part) return false;
-    if (!x_along()) {
-      if (!copied_rows()) return false;
-      Matrix rows = job_.x;
-      rows.data += i * rows.row_stride;
-      rows.rows = n;
-      along_kernels_.copy(rows, copied_rows());
-    }
-    const AlongJob job = block_of(i, n);
+  // As below, with lanes along the features.
+  void logits(const AlongJob& block, char* z, char* part, Next& next) const {
     for (int64_t set = 0; set < sets_; set++) {
       const int64_t bytes = set > 0 ? 0 : job_.dw ? next.bytes / 2 : next.bytes;
-      along_kernels_.logits(job, weights_.get() + set * set_bytes(),
+      along_kernels_.logits(block, weights_.get() + set * set_bytes(),
                             bias_.get() + set * width_ * kSize, z + set * width_ * kSize,
                             sets_ * width_, part, next.lines(bytes));
     }
-    return true;
   }
 
   Side rows_of_x(int64_t i, int64_t n) const {

@@ -38,7 +38,8 @@ class TileMemory {
         dense_in_(dense(job.logits)),
         dense_out_(dense(job.out)),
         fetches_(job.n_rows * V_ * int64_t{sizeof(Type)} >= kFetchBytes),
-        past_(dense_out_ && job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes),
+        past_(dense_out_ && job.out.data != job.logits.data &&
+              job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes),
         streams_(S::kStreams && contiguous_lanes(job.out) && job.out.class_stride % kStored == 0 &&
                  job.n_rows * V_ * int64_t{sizeof(Type)} >= kStreamBytes) {
     whole_ = L;
@@ -235,7 +236,8 @@ class TileMemory {
   }
 
   // Rows that lie one behind the other, past the caches: put together in scratch, for a line must
-  // be written whole and at once.
+  // be written whole and at once. (Not in place, where the line is in the cache already; and the
+  // fused head wants its gradient there.)
   void write_past(const Tile& tile) const {
     struct {
       Type* first;
